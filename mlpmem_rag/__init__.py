@@ -1,0 +1,1 @@
+"""MLP Memory: a corpus distilled into a small network that replaces retrieval."""

@@ -1,0 +1,217 @@
+"""The kNN datastore: for every corpus token, the hidden state that came before it.
+
+On disk: float16 keys in shards of `SHARD_ROWS` rows, next tokens and provenance beside them, all
+plain `.npy`, memory-mapped. Rows have their place before any is computed, so batches may be
+written in any order and an interrupted build goes on after its last finished batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor
+
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.errors import ArtifactError, BaseModelError
+from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.windows import Window
+
+SHARD_ROWS = 1 << 18
+BATCH_TOKENS = 4096
+STATE = "datastore.json"
+
+
+@dataclass(frozen=True)
+class Datastore:
+    """An opened datastore of N rows with keys of width D.
+
+    Attributes:
+        key_shards: memory-mapped float16 arrays, together *shape* (N, D).
+        next_tokens: the token that followed. *Shape:* (N,).
+        documents: index of the document each row comes from. *Shape:* (N,).
+        positions: position of the next token in its document. *Shape:* (N,).
+    """
+
+    key_shards: tuple[npt.NDArray[np.float16], ...]
+    next_tokens: npt.NDArray[np.int32]
+    documents: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.next_tokens)
+
+    @property
+    def key_size(self) -> int:
+        """D."""
+        return int(self.key_shards[0].shape[1])
+
+    def keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Keys of the given rows. *Shape:* (R,) -> (R, D)."""
+        out = np.empty((len(rows), self.key_size), dtype=np.float32)
+        shard_of = rows // SHARD_ROWS
+        for number in np.unique(shard_of):
+            here = shard_of == number
+            out[here] = self.key_shards[number][rows[here] - number * SHARD_ROWS]
+        return out
+
+    @classmethod
+    def open(cls, folder: Path) -> Datastore:
+        """Map a finished datastore into memory.
+
+        Raises:
+            ArtifactError: the folder holds no finished datastore.
+        """
+        state = read_state(folder)
+        if state is None or state["batches_done"] != state["batches"]:
+            raise ArtifactError(f"{folder} holds no finished datastore; run the training again")
+        shards = tuple(np.load(path, mmap_mode="r") for path in _shard_paths(folder, state["rows"]))
+        return cls(
+            shards,
+            np.load(folder / "next_tokens.npy", mmap_mode="r"),
+            np.load(folder / "documents.npy", mmap_mode="r"),
+            np.load(folder / "positions.npy", mmap_mode="r"),
+        )
+
+
+def build_datastore(
+    backbone: Backbone,
+    windows: Sequence[Window],
+    folder: Path,
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> Datastore:
+    """Run the base model over all windows and store one row per target token.
+
+    An interrupted build of the same windows goes on where it stopped.
+
+    Raises:
+        BaseModelError: a hidden state does not fit into float16.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = list(length_buckets(windows))
+    first_rows = np.concatenate([[0], np.cumsum([w.num_rows for w in windows])])
+    rows = int(first_rows[-1])
+    state = read_state(folder)
+    expected = {"rows": rows, "key_size": backbone.hidden_size, "batches": len(batches)}
+    if state is None or any(state.get(key) != value for key, value in expected.items()):
+        state = {**expected, "batches_done": 0}
+        _allocate(folder, windows, rows, backbone.hidden_size)
+    shards = [np.load(path, mmap_mode="r+") for path in _shard_paths(folder, rows)]
+    done_rows = sum(windows[w].num_rows for b in batches[: state["batches_done"]] for w in b)
+    on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
+    for number in range(state["batches_done"], len(batches)):
+        batch = batches[number]
+        token_ids, mask = pad([windows[w] for w in batch], backbone.device)
+        hidden = backbone.hidden(token_ids, mask)
+        for line, w in enumerate(batch):
+            window = windows[w]
+            last = len(window.token_ids) - 1  # its hidden state predicts nothing stored here
+            keys = to_float16(hidden[line, window.context - 1 : last])
+            _write_rows(shards, int(first_rows[w]), keys)
+            done_rows += window.num_rows
+        if number % 32 == 31:
+            _write_state(folder, {**state, "batches_done": number + 1}, shards)
+        on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
+    _write_state(folder, {**state, "batches_done": len(batches)}, shards)
+    return Datastore.open(folder)
+
+
+def length_buckets(
+    windows: Sequence[Window], max_tokens: int = BATCH_TOKENS
+) -> Iterator[list[int]]:
+    """Indices of windows of like length, each batch at most `max_tokens` with its padding."""
+    order = sorted(range(len(windows)), key=lambda w: len(windows[w].token_ids), reverse=True)
+    batch: list[int] = []
+    for w in order:
+        longest = len(windows[batch[0] if batch else w].token_ids)
+        if batch and longest * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(w)
+    if batch:
+        yield batch
+
+
+def pad(windows: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and attention mask. *Shapes:* (B, T), (B, T).
+
+    With a causal model, padding on the right changes nothing on its left.
+    """
+    longest = max(len(window.token_ids) for window in windows)
+    token_ids = torch.zeros(len(windows), longest, dtype=torch.long)
+    mask = torch.zeros_like(token_ids)
+    for line, window in enumerate(windows):
+        length = len(window.token_ids)
+        token_ids[line, :length] = torch.from_numpy(window.token_ids.astype(np.int64))
+        mask[line, :length] = 1
+    return token_ids.to(device), mask.to(device)
+
+
+def to_float16(hidden: Tensor) -> npt.NDArray[np.float16]:
+    """Hidden states as stored keys.
+
+    Raises:
+        BaseModelError: a value is not finite in float16.
+    """
+    keys: npt.NDArray[np.float16] = hidden.to(torch.float16).cpu().numpy()
+    if not np.isfinite(keys).all():
+        raise BaseModelError(
+            "a hidden state of this layer does not fit into float16 (largest magnitude "
+            f"{hidden.abs().max().item():.3g}); choose another layer with --layer"
+        )
+    return keys
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """How far a datastore is; None when there is none."""
+    path = folder / STATE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _shard_paths(folder: Path, rows: int) -> list[Path]:
+    return [folder / f"keys-{n:05d}.npy" for n in range(-(-rows // SHARD_ROWS))]
+
+
+def _allocate(folder: Path, windows: Sequence[Window], rows: int, key_size: int) -> None:
+    (folder / STATE).unlink(missing_ok=True)
+    for number, path in enumerate(_shard_paths(folder, rows)):
+        shape = (min(SHARD_ROWS, rows - number * SHARD_ROWS), key_size)
+        open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+    targets = [w.token_ids[w.context :] for w in windows]
+    np.save(folder / "next_tokens.npy", np.concatenate(targets))
+    counts = [w.num_rows for w in windows]
+    documents = np.repeat(np.array([w.document for w in windows], dtype=np.int32), counts)
+    np.save(folder / "documents.npy", documents)
+    positions = [w.start + np.arange(w.context, len(w.token_ids)) for w in windows]
+    np.save(folder / "positions.npy", np.concatenate(positions).astype(np.int32))
+
+
+def _write_rows(
+    shards: Sequence[npt.NDArray[np.float16]], first: int, keys: npt.NDArray[np.float16]
+) -> None:
+    while len(keys):
+        shard, offset = divmod(first, SHARD_ROWS)
+        here = min(len(keys), SHARD_ROWS - offset)
+        shards[shard][offset : offset + here] = keys[:here]
+        first, keys = first + here, keys[here:]
+
+
+def _write_state(
+    folder: Path, state: dict[str, Any], shards: Sequence[npt.NDArray[np.float16]]
+) -> None:
+    for shard in shards:
+        if isinstance(shard, np.memmap):
+            shard.flush()  # rows before the note that they are there
+    beside = folder / f"{STATE}.tmp"
+    beside.write_text(json.dumps(state))
+    beside.replace(folder / STATE)

@@ -1,0 +1,160 @@
+"""The memory: feed-forward blocks from a hidden state to next-token logits.
+
+No attention and no mixing between positions (paper, section 3). Blocks are pre-norm residual
+and of the base's own MLP kind; the head covers only the tokens that occur in the corpus, since
+kNN targets have no mass elsewhere. Module names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from mlpmem_rag.backbone import MLPShape
+from mlpmem_rag.errors import ConfigError
+
+SIZES = {"small": 1 / 16, "base": 1 / 10, "large": 1 / 4}
+"""Number of blocks as a share of the base's layers; `large` is the paper's (8 of 32)."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Everything that decides the shape of a memory; nothing of it is chosen by hand.
+
+    Attributes:
+        hidden_size: D, width of the base's hidden states.
+        intermediate_size: inner width of a block.
+        num_blocks: number of blocks.
+        activation: name of the activation function, as transformers names it.
+        gated: SwiGLU-like block with RMSNorm, or two-matrix block with LayerNorm.
+        vocab_size: number of corpus tokens, the width of the head.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_blocks: int
+    activation: str
+    gated: bool
+    vocab_size: int
+
+
+def derive_config(shape: MLPShape, num_layers: int, vocab_size: int, size: str) -> MemoryConfig:
+    """The memory that belongs to a base model, a corpus vocabulary and a size.
+
+    Raises:
+        ConfigError: unknown size.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"size {size!r} is not known; choose one of {', '.join(SIZES)}")
+    return MemoryConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_blocks=max(1, round(SIZES[size] * num_layers)),
+        activation=shape.activation,
+        gated=shape.gated,
+        vocab_size=vocab_size,
+    )
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """*Shape:* (..., D) -> (..., D)."""
+        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class PlainMLP(nn.Module):
+    """proj(act(fc(x))), the GPT-2 form."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACT2FN[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """*Shape:* (..., D) -> (..., D)."""
+        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        return out
+
+
+class Block(nn.Module):
+    """x + MLP(norm(x))."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config)
+        self.mlp = GatedMLP(config) if config.gated else PlainMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """*Shape:* (..., D) -> (..., D)."""
+        out: Tensor = x + self.mlp(self.input_layernorm(x))
+        return out
+
+
+def _norm(config: MemoryConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.gated else nn.LayerNorm
+    return kind(config.hidden_size, eps=1e-5)
+
+
+class Memory(nn.Module):
+    """Hidden states -> logits over the corpus vocabulary.
+
+    `corpus_tokens` (V,) maps a logit's column to the token id of the base model.
+    """
+
+    corpus_tokens: Tensor
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.norm = _norm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("corpus_tokens", torch.zeros(config.vocab_size, dtype=torch.long))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """*Shape:* (..., D) -> (..., V)."""
+        x = hidden.to(self.lm_head.weight.dtype)
+        for block in self.layers:
+            x = block(x)
+        out: Tensor = self.lm_head(self.norm(x))
+        return out
+
+    def log_probs(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Normalised over the corpus vocabulary, float32. *Shape:* (..., D) -> (..., V)."""
+        return F.log_softmax(self(hidden).float() / temperature, dim=-1)
+
+
+def new_memory(
+    config: MemoryConfig, corpus_tokens: Tensor, head: Tensor | None, *, seed: int
+) -> Memory:
+    """A memory before training.
+
+    Blocks start as the identity (their last matrix is zero). The head starts from the base's
+    output rows of the corpus tokens where the widths agree, which converges faster than chance.
+    *Shapes:* corpus_tokens (V,), head (V, D).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        memory = Memory(config)
+    memory.corpus_tokens.copy_(corpus_tokens)
+    with torch.no_grad():
+        for block in memory.layers:
+            block.mlp.down_proj.weight.zero_()
+        if head is not None and head.shape == memory.lm_head.weight.shape:
+            memory.lm_head.weight.copy_(head)
+    return memory

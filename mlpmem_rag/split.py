@@ -1,0 +1,79 @@
+"""Which datastore rows train the memory, which choose its settings, which measure it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+MIN_DOCUMENTS = 10
+"""With fewer documents, the last parts of each one are held out instead of whole documents."""
+
+MAX_HELD_OUT_ROWS = 50_000
+"""Enough for a perplexity with a narrow interval; more only costs time."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of the three parts, each sorted."""
+
+    train: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+    by_document: bool
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return len(self.train) + len(self.validation) + len(self.test)
+
+
+def split_rows(documents: npt.NDArray[np.int32], *, held_out: float, seed: int) -> Split:
+    """Hold out a share of the rows for validation and as much again for the test figures.
+
+    Args:
+        documents: document index of each row. *Shape:* (N,).
+        held_out: share of rows in each of the two held-out parts, 0 for none.
+        seed: decides which documents are held out.
+    """
+    num_rows = len(documents)
+    wanted = min(int(held_out * num_rows), MAX_HELD_OUT_ROWS)
+    part = np.zeros(num_rows, dtype=np.int8)
+    by_document = len(np.unique(documents)) >= MIN_DOCUMENTS
+    if wanted > 0:
+        part = (
+            _whole_documents(documents, wanted, seed)
+            if by_document
+            else _tails(documents, wanted / num_rows)
+        )
+    train, validation, test = (np.flatnonzero(part == p) for p in range(3))
+    return Split(train, validation, test, by_document)
+
+
+def _whole_documents(
+    documents: npt.NDArray[np.int32], wanted: int, seed: int
+) -> npt.NDArray[np.int8]:
+    names, sizes = np.unique(documents, return_counts=True)
+    part = np.zeros(int(names.max()) + 1, dtype=np.int8)
+    order = np.random.default_rng(seed).permutation(len(names))
+    # A document that alone is more than twice what is wanted would starve the training part.
+    queue = [i for i in order if sizes[i] <= 2 * wanted]
+    for number in (1, 2):
+        taken = 0
+        while queue and taken < wanted:
+            chosen = queue.pop()
+            part[names[chosen]] = number
+            taken += int(sizes[chosen])
+    return part[documents]
+
+
+def _tails(documents: npt.NDArray[np.int32], share: float) -> npt.NDArray[np.int8]:
+    part = np.zeros(len(documents), dtype=np.int8)
+    for document in np.unique(documents):
+        rows = np.flatnonzero(documents == document)
+        tail = int(share * len(rows))
+        if tail:
+            part[rows[-2 * tail : -tail]] = 1
+            part[rows[-tail:]] = 2
+    return part
