@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.errors import ArtifactError, BaseModelError
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.storage import allocate_array, write_json
 from mlpmem_rag.windows import Window
 
 SHARD_ROWS = 1 << 18
@@ -186,7 +186,7 @@ def _allocate(folder: Path, windows: Sequence[Window], rows: int, key_size: int)
     (folder / STATE).unlink(missing_ok=True)
     for number, path in enumerate(_shard_paths(folder, rows)):
         shape = (min(SHARD_ROWS, rows - number * SHARD_ROWS), key_size)
-        open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+        allocate_array(path, np.float16, shape)
     targets = [w.token_ids[w.context :] for w in windows]
     np.save(folder / "next_tokens.npy", np.concatenate(targets))
     counts = [w.num_rows for w in windows]
@@ -212,6 +212,4 @@ def _write_state(
     for shard in shards:
         if isinstance(shard, np.memmap):
             shard.flush()  # rows before the note that they are there
-    beside = folder / f"{STATE}.tmp"
-    beside.write_text(json.dumps(state))
-    beside.replace(folder / STATE)
+    write_json(folder / STATE, state)

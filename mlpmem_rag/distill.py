@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.storage import replace_file, write_json
 from mlpmem_rag.targets import Targets
 
 Rows = npt.NDArray[np.int64]
@@ -269,22 +269,16 @@ def _checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     weights = memory.state_dict()
     if report.best_epoch == epoch:
-        _replace(folder / "best.safetensors", lambda path: save_file(weights, path))
+        replace_file(folder / "best.safetensors", lambda path: save_file(weights, path))
     tensors = {f"weights.{name}": tensor for name, tensor in weights.items()}
     for name, parameter in memory.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value
     # Two files by turns: the one the state names is never being written.
     file = f"last-{epoch % 2}.safetensors"
-    _replace(folder / file, lambda path: save_file(tensors, path))
+    replace_file(folder / file, lambda path: save_file(tensors, path))
     state = {"epoch": epoch, "file": file, "schedule": schedule.last_epoch, **asdict(report)}
-    _replace(folder / "state.json", lambda path: path.write_text(json.dumps(state)))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    write(beside)
-    beside.replace(path)
+    write_json(folder / "state.json", state)
 
 
 def _resume(

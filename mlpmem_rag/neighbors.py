@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import open_memmap
 
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ConfigError, MissingDependencyError, MLPMemError
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.storage import allocate_array
 
 MAX_NEIGHBORS = 1024
 FLAT_MAX_ROWS = 250_000
@@ -95,8 +95,8 @@ def find_neighbors(
     k = min(k, len(database) - 1)
     folder.mkdir(parents=True, exist_ok=True)
     shape = (datastore.num_rows, k)
-    ids = open_memmap(folder / "ids.npy", mode="w+", dtype=np.int32, shape=shape)
-    distances = open_memmap(folder / "distances.npy", mode="w+", dtype=np.float32, shape=shape)
+    ids = allocate_array(folder / "ids.npy", np.int32, shape)
+    distances = allocate_array(folder / "distances.npy", np.float32, shape)
     exact = len(database) <= flat_max_rows
     index = flat_index(datastore, database) if exact else ivfpq_index(datastore, database)
     on_progress(ProgressEvent("neighbors", 0, datastore.num_rows, "rows"))

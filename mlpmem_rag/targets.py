@@ -6,16 +6,17 @@ p_kNN(w) is proportional to the sum of exp(-d / tau) over neighbours whose next 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import open_memmap
 
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.storage import allocate_array, write_json
 
 MAX_TOKENS = 128
 MIN_PROBABILITY = 1e-6
@@ -32,12 +33,23 @@ class Targets:
     Attributes:
         token_ids: token ids, -1 where unused. *Shape:* (N, M).
         probs: their probabilities, summing to 1 a row. *Shape:* (N, M), float16.
+        tau: temperature of the votes.
         kept_mass: mean share of the votes that the kept tokens had before renormalising.
     """
 
     token_ids: npt.NDArray[np.int32]
     probs: npt.NDArray[np.float16]
+    tau: float
     kept_mass: float
+
+    @classmethod
+    def open(cls, folder: Path) -> Targets:
+        """Map stored targets into memory."""
+        return cls(
+            np.load(folder / "token_ids.npy", mmap_mode="r"),
+            np.load(folder / "probs.npy", mmap_mode="r"),
+            **json.loads((folder / "targets.json").read_text()),
+        )
 
 
 def derive_tau(
@@ -119,8 +131,8 @@ def build_targets(
     folder.mkdir(parents=True, exist_ok=True)
     num_rows, k = neighbors.ids.shape
     shape = (num_rows, min(max_tokens, k))
-    token_ids = open_memmap(folder / "token_ids.npy", mode="w+", dtype=np.int32, shape=shape)
-    probs = open_memmap(folder / "probs.npy", mode="w+", dtype=np.float16, shape=shape)
+    token_ids = allocate_array(folder / "token_ids.npy", np.int32, shape)
+    probs = allocate_array(folder / "probs.npy", np.float16, shape)
     kept = 0.0
     for first in range(0, num_rows, ROW_BATCH):
         rows = slice(first, first + ROW_BATCH)
@@ -132,7 +144,8 @@ def build_targets(
         on_progress(ProgressEvent("targets", min(first + ROW_BATCH, num_rows), num_rows, "rows"))
     token_ids.flush()
     probs.flush()
-    return Targets(token_ids, probs, kept / num_rows)
+    write_json(folder / "targets.json", {"tau": tau, "kept_mass": kept / num_rows})
+    return Targets.open(folder)
 
 
 def vote(

@@ -1,0 +1,1 @@
+"""The command line of mlpmem-rag: a thin skin over the library."""

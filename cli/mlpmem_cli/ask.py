@@ -1,0 +1,81 @@
+"""`mlpmem-rag ask`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlpmem_cli import options
+
+if TYPE_CHECKING:
+    from mlpmem_rag.memory_model import Answer
+
+
+def ask(
+    memory: options.MemoryArgument,
+    questions: Annotated[
+        list[str] | None, typer.Argument(help="Questions; without any, one a line on stdin.")
+    ] = None,
+    max_new_tokens: options.MaxNewTokensOption = 128,
+    lambda_: options.LambdaOption = None,
+    base_model: options.BaseModelOption = None,
+    device: options.DeviceOption = options.Device.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Answer questions from a memory, without retrieval.
+
+    With --json, one object a line: answer, seconds, ttft_seconds, prompt_tokens, new_tokens.
+    """
+    asked = questions or _from_stdin()
+    from mlpmem_cli import display
+    from mlpmem_rag import MemoryModel
+
+    display.quiet_libraries()
+    console = display.stderr()
+    model = MemoryModel.load(
+        memory, base_model=base_model, device=device.value, dtype=dtype.value
+    )
+    for question in asked:
+        stream = model.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
+        if len(asked) > 1 and not as_json:
+            console.print(question, style="bold", markup=False, highlight=False)
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+        if as_json:
+            print(json.dumps(answer_fields(stream.answer), ensure_ascii=False), flush=True)
+        else:
+            print(flush=True)
+            console.print(figures(stream.answer), style="dim", highlight=False)
+
+
+def answer_fields(answer: Answer) -> dict[str, str | float | int]:
+    """The object that `--json` prints."""
+    return {
+        "answer": answer.text,
+        "seconds": round(answer.seconds, 4),
+        "ttft_seconds": round(answer.ttft_seconds, 4),
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+    }
+
+
+def figures(answer: Answer) -> str:
+    """One line about what an answer took."""
+    return (
+        f"{answer.ttft_seconds:.2f} s to the first token, {answer.seconds:.2f} s in all, "
+        f"{answer.prompt_tokens} + {answer.new_tokens} tokens"
+    )
+
+
+def _from_stdin() -> list[str]:
+    if sys.stdin.isatty():
+        raise typer.BadParameter("give a question, or pipe one a line into stdin")
+    questions = [line.strip() for line in sys.stdin if line.strip()]
+    if not questions:
+        raise typer.BadParameter("stdin holds no question; give one, or one a line")
+    return questions

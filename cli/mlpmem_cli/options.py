@@ -1,0 +1,78 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Size(StrEnum):
+    """How large the memory is in relation to the base model."""
+
+    small = "small"
+    base = "base"
+    large = "large"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """Number format of the base model."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Recipe(StrEnum):
+    """How a memory is taught."""
+
+    paper = "paper"
+
+
+CorpusArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CORPUS",
+        help="A folder, a file or a quoted glob of txt, md, rst, html, pdf, docx, csv, jsonl.",
+    ),
+]
+MemoryArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A memory: the --out of `mlpmem-rag train`.")
+]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(help="Hub id, local folder or embedded name. [default: smollm2-135m-instruct]"),
+]
+SizeOption = Annotated[Size | None, typer.Option(help="Size of the memory. [default: base]")]
+LayerOption = Annotated[
+    int | None, typer.Option(help="Decoder layer to read. [default: at 70 % of the depth]")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the base model.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")]
+RecipeOption = Annotated[Recipe | None, typer.Option(help="How to teach. [default: paper]")]
+NeighborsOption = Annotated[
+    int | None, typer.Option(help="Neighbours that vote, up to 1024. [default: 1024]")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Fail when any file had to be skipped.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+LambdaOption = Annotated[
+    float | None,
+    typer.Option(
+        "--lambda", min=0.0, max=1.0, help="Share of the memory. [default: chosen in training]"
+    ),
+]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

@@ -1,0 +1,53 @@
+"""`mlpmem-rag plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlpmem_cli import options
+
+
+def plan(
+    corpus: options.CorpusArgument,
+    out: Annotated[
+        Path, typer.Option(help="Where the memory would be written (for the free space).")
+    ] = Path(),
+    base_model: options.BaseModelOption = None,
+    size: options.SizeOption = None,
+    layer: options.LayerOption = None,
+    neighbors: options.NeighborsOption = None,
+    device: options.DeviceOption = options.Device.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    strict: options.StrictOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Say what training would need: tokens, rows, disk, memory, time. Writes nothing."""
+    from mlpmem_cli import display
+    from mlpmem_rag import plan_training
+
+    display.quiet_libraries()
+    console = display.stderr()
+    with display.progress_bars(console) as on_progress:
+        needs, read = plan_training(
+            corpus,
+            out=out,
+            base_model=base_model,
+            size=size and size.value,
+            layer=layer,
+            neighbors=neighbors,
+            device=device.value,
+            dtype=dtype.value,
+            strict=strict,
+            on_progress=on_progress,
+        )
+    display.show_skipped(console, read)
+    if as_json:
+        typer.echo(json.dumps(asdict(needs)))
+    else:
+        display.Console().print(display.plan_table(needs))
+    needs.check()

@@ -1,0 +1,79 @@
+"""`mlpmem-rag train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlpmem_cli import options
+
+
+def train(
+    corpus: options.CorpusArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write the memory to.")],
+    base_model: options.BaseModelOption = None,
+    size: options.SizeOption = None,
+    recipe: options.RecipeOption = None,
+    layer: options.LayerOption = None,
+    neighbors: options.NeighborsOption = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the neighbours' votes. [default: from the distances]"),
+    ] = None,
+    device: options.DeviceOption = options.Device.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    seed: options.SeedOption = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh/--resume", help="Do every stage again, or go on where an earlier run stopped."
+        ),
+    ] = False,
+    strict: options.StrictOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Train a memory from documents.
+
+    An interrupted run goes on where it stopped when the same command is given again. An earlier
+    memory in the folder stays as it is until the new one is complete.
+    """
+    from mlpmem_cli import display
+    from mlpmem_rag import train as run_training
+
+    display.quiet_libraries()
+    console = display.stderr()
+    try:
+        with display.progress_bars(console) as on_progress:
+            report = run_training(
+                corpus,
+                out=out,
+                base_model=base_model,
+                size=size and size.value,
+                recipe=recipe and recipe.value,
+                layer=layer,
+                neighbors=neighbors,
+                tau=tau,
+                device=device.value,
+                dtype=dtype.value,
+                seed=seed,
+                fresh=fresh,
+                strict=strict,
+                on_progress=on_progress,
+                on_plan=lambda plan: console.print(display.plan_table(plan)),
+            )
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted; what is done is kept in {out}, run the same command to go on",
+            markup=False,
+            highlight=False,
+        )
+        raise typer.Exit(130) from None
+    display.show_skipped(console, report.skipped)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        display.Console().print(display.report_table(report))
+        typer.echo(f'Ask it: mlpmem-rag ask {out} "…"')

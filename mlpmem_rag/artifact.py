@@ -1,0 +1,232 @@
+"""The memory on disk: safetensors and JSON, a manifest with checksums, nothing else.
+
+`config.json` and `model.safetensors` hold everything that changes output. `manifest.json` says
+how they came about and guards them. `work/` beside them is the training's own and may be deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mlpmem_rag.backbone import BaseReference
+from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.storage import replace_file, write_json
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+WORK = "work"
+MODEL_TYPE = "mlpmem"
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """`config.json`: all that generation needs besides the weights.
+
+    Attributes:
+        base: the base model the memory belongs to.
+        layer: decoder layer whose MLP input the memory reads.
+        memory: shape of the memory.
+        memory_lambda: mixing weight, 0 (base alone) to 1 (memory alone).
+        memory_temperature: divides the memory's logits.
+    """
+
+    base: BaseReference
+    layer: int
+    memory: MemoryConfig
+    memory_lambda: float
+    memory_temperature: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: where the memory comes from, what it measured, and checksums.
+
+    Attributes:
+        format_version: of this folder's layout.
+        created: ISO 8601 time, UTC.
+        run: fingerprint of corpus, base and configuration.
+        corpus: fingerprint, documents, tokens, rows, sources skipped.
+        training: the resolved configuration of every stage.
+        figures: held-out perplexities, seconds a stage, sizes.
+        versions: of the libraries used.
+        files: name -> {sha256, bytes}.
+    """
+
+    format_version: int
+    created: str
+    run: str
+    corpus: dict[str, Any]
+    training: dict[str, Any]
+    figures: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def save_artifact(
+    folder: Path, settings: MemorySettings, memory: Memory, manifest: Manifest, card: str
+) -> None:
+    """Write a memory; an earlier one in the same folder is replaced file by file, manifest last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": MODEL_TYPE, **asdict(settings)}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in memory.state_dict().items()}
+    staged = folder / WORK / "finished"
+    staged.mkdir(parents=True, exist_ok=True)
+    write_json(staged / CONFIG, config)
+    replace_file(staged / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
+    replace_file(staged / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    files = {
+        name: {"sha256": sha256(staged / name), "bytes": (staged / name).stat().st_size}
+        for name in (CONFIG, WEIGHTS, CARD)
+    }
+    write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
+    for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
+        os.replace(staged / name, folder / name)
+    staged.rmdir()
+
+
+def load_settings(folder: Path) -> MemorySettings:
+    """Read `config.json`.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or not a memory's.
+    """
+    config = _read_json(folder, CONFIG)
+    if config.get("model_type") != MODEL_TYPE:
+        raise ArtifactError(
+            f"{folder / CONFIG} describes a {config.get('model_type')!r}, not a {MODEL_TYPE!r}; "
+            "give a folder written by mlpmem-rag train"
+        )
+    try:
+        settings = MemorySettings(
+            base=BaseReference(**config["base"]),
+            layer=int(config["layer"]),
+            memory=MemoryConfig(**config["memory"]),
+            memory_lambda=float(config["memory_lambda"]),
+            memory_temperature=float(config["memory_temperature"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}); train again"
+        ) from error
+    if not 0 <= settings.memory_lambda <= 1 or not settings.memory_temperature > 0:
+        raise ArtifactError(
+            f"{folder / CONFIG} has lambda {settings.memory_lambda} (allowed 0 to 1) and "
+            f"temperature {settings.memory_temperature} (allowed above 0); train again"
+        )
+    return settings
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json`.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of a newer format.
+    """
+    content = _read_json(folder, MANIFEST)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder / MANIFEST} has format version {version!r}, this program reads "
+            f"{FORMAT_VERSION}; update mlpmem-rag or train again"
+        )
+    try:
+        return Manifest(**content)
+    except TypeError as error:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged ({error}); train again") from error
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with its checksum.
+
+    Raises:
+        ArtifactError: a file is missing or changed; both values are named.
+    """
+    for name in (CONFIG, WEIGHTS, CARD):
+        entry = manifest.files.get(name)
+        path = folder / name
+        if entry is None:
+            raise ArtifactError(f"{folder / MANIFEST} lists no {name}; train again")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; train again or copy the folder anew")
+        if name != CARD and (found := sha256(path)) != entry.get("sha256"):
+            raise ArtifactError(
+                f"{path} was changed or is damaged: its SHA-256 is {found[:16]}…, the manifest "
+                f"says {str(entry.get('sha256'))[:16]}…; train again or copy the folder anew"
+            )
+
+
+def load_memory(folder: Path, config: MemoryConfig) -> Memory:
+    """Read the weights into a memory of the given shape.
+
+    Raises:
+        ArtifactError: file damaged, other tensors or shapes than configured, values not finite.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train again") from error
+    with torch.device("meta"):
+        memory = Memory(config)
+    for name, expected in memory.state_dict().items():
+        found = tensors.get(name)
+        if found is None or found.shape != expected.shape:
+            raise ArtifactError(
+                f"{folder / WEIGHTS}: tensor {name} has shape "
+                f"{None if found is None else tuple(found.shape)}, the configuration says "
+                f"{tuple(expected.shape)}; train again"
+            )
+        if found.is_floating_point() and not math.isfinite(found.abs().sum().item()):
+            raise ArtifactError(f"{folder / WEIGHTS}: tensor {name} is not finite; train again")
+    memory.load_state_dict({name: tensors[name] for name in memory.state_dict()}, assign=True)
+    return memory.eval()
+
+
+def check_base(settings: MemorySettings, given: BaseReference) -> None:
+    """Refuse a base model other than the one the memory was trained on.
+
+    Raises:
+        ArtifactError: weights, tokenizer or vocabulary differ; both values are named.
+    """
+    for what in ("vocab_size", "tokenizer", "weights"):
+        expected, found = getattr(settings.base, what), getattr(given, what)
+        if expected != found:
+            raise ArtifactError(
+                f"this memory was trained on {settings.base.name!r} ({what} "
+                f"{str(expected)[:16]}), not on {given.name!r} ({what} {str(found)[:16]}); "
+                "load it with the base model it belongs to, or train one for this base"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} is not a memory: it has no {name}; give a folder written by mlpmem-rag train"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); train again") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} is damaged (no JSON object); train again")
+    return content

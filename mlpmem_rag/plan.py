@@ -1,0 +1,185 @@
+"""What a training run will need, before it starts."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlpmem_rag.backbone import Backbone, mlp_shape
+from mlpmem_rag.datastore import BATCH_TOKENS
+from mlpmem_rag.distill import DistillConfig, distillation_loss
+from mlpmem_rag.errors import ResourceError
+from mlpmem_rag.hardware import has_bfloat16
+from mlpmem_rag.memory import Memory, derive_config, new_memory
+from mlpmem_rag.neighbors import FLAT_MAX_ROWS, QUERY_BATCH
+from mlpmem_rag.targets import MAX_TOKENS
+from mlpmem_rag.windows import Window
+
+RUNTIME_BYTES = 600 * 2**20
+"""What Python, torch and FAISS take before any data is there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Needs of a run. Times are projected from short measurements on this machine.
+
+    Attributes:
+        documents: number of documents.
+        tokens: tokens in all documents.
+        computed_tokens: tokens the base model runs over, window overlaps included.
+        rows: datastore rows.
+        vocabulary: distinct tokens the memory can predict.
+        memory_parameters: size of the memory.
+        disk_bytes: largest size of the output folder during the run.
+        memory_bytes: largest amount of main memory.
+        free_disk_bytes: what the output's disk has free.
+        seconds: projected time of each stage.
+    """
+
+    documents: int
+    tokens: int
+    computed_tokens: int
+    rows: int
+    vocabulary: int
+    memory_parameters: int
+    disk_bytes: int
+    memory_bytes: int
+    free_disk_bytes: int
+    seconds: dict[str, float]
+
+    def check(self) -> None:
+        """Refuse a run that the disk cannot hold.
+
+        Raises:
+            ResourceError: more is needed than is free.
+        """
+        if self.disk_bytes > self.free_disk_bytes:
+            raise ResourceError(
+                f"the run needs {self.disk_bytes / 2**30:.2f} GiB of disk, "
+                f"{self.free_disk_bytes / 2**30:.2f} GiB are free; free some, choose another "
+                "--out, or lower --neighbors"
+            )
+
+
+def make_plan(
+    backbone: Backbone,
+    windows: Sequence[Window],
+    out: Path,
+    *,
+    size: str,
+    k: int,
+    held_out: float,
+    distill: DistillConfig,
+) -> Plan:
+    """Count what a run needs and measure how fast this machine does its parts (seconds)."""
+    rows = sum(window.num_rows for window in windows)
+    tokens = np.unique(np.concatenate([window.token_ids[window.context :] for window in windows]))
+    shape = mlp_shape(backbone.model, backbone.layer)
+    config = derive_config(shape, backbone.num_layers, len(tokens), size)
+    memory = new_memory(config, torch.from_numpy(tokens.astype(np.int64)), None, seed=0)
+    parameters = sum(p.numel() for p in memory.parameters())
+    width = backbone.hidden_size
+    k = min(k, rows - 1)
+    base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    computed = sum(len(window.token_ids) for window in windows)
+    return Plan(
+        documents=len({window.document for window in windows}),
+        tokens=rows + len({window.document for window in windows}),
+        computed_tokens=computed,
+        rows=rows,
+        vocabulary=len(tokens),
+        memory_parameters=parameters,
+        disk_bytes=(
+            rows * (2 * width + 12)  # keys and provenance
+            + rows * 8 * k  # neighbours
+            + rows * 6 * min(MAX_TOKENS, k)  # targets
+            + 4 * parameters * 16  # checkpoints of both trainings, staged and final memory
+        ),
+        memory_bytes=(
+            RUNTIME_BYTES
+            + base_bytes
+            + 4 * width * min(rows, FLAT_MAX_ROWS)  # flat index
+            + QUERY_BATCH * k * 64
+            + 4 * parameters * 6
+        ),
+        free_disk_bytes=shutil.disk_usage(_existing(out)).free,
+        seconds=_project(backbone, memory, rows, computed, held_out, distill),
+    )
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _project(
+    backbone: Backbone,
+    memory: Memory,
+    rows: int,
+    computed: int,
+    held_out: float,
+    distill: DistillConfig,
+) -> dict[str, float]:
+    forward = _forward_seconds(backbone) / BATCH_TOKENS
+    step = _step_seconds(memory, backbone.device, distill)
+    searched = min(rows, FLAT_MAX_ROWS)
+    epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
+    return {
+        "datastore": computed * forward,
+        "neighbors": rows * searched * _multiply_seconds(backbone.hidden_size),
+        "targets": rows * 2e-4,
+        "base scores": 2 * held_out * computed * forward * 3,  # with the output head
+        "distil": epochs_rows / distill.batch_rows * step,
+    }
+
+
+def _best_of(runs: int, work: Callable[[], object]) -> float:
+    work()  # warm-up
+    seconds = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _forward_seconds(backbone: Backbone) -> float:
+    """Seconds for a full batch of the datastore stage."""
+    length = min(256, backbone.context_window)
+    ids = torch.zeros(2, length, dtype=torch.long, device=backbone.device)
+    mask = torch.ones_like(ids)
+    return _best_of(1, lambda: backbone.hidden(ids, mask)) * BATCH_TOKENS / ids.numel()
+
+
+def _multiply_seconds(width: int) -> float:
+    """Seconds for one distance between two keys, in a large product."""
+    keys = torch.zeros(2048, width)
+    # Selecting the nearest costs about as much again as the products.
+    return 2 * _best_of(2, lambda: keys @ keys.T) / 2048**2
+
+
+def _step_seconds(memory: Memory, device: torch.device, config: DistillConfig) -> float:
+    """Seconds for one training step, optimiser included."""
+    memory = memory.to(device)
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=0.0, fused=True)
+    keys = torch.randn(config.batch_rows, memory.config.hidden_size, device=device)
+    columns = torch.zeros(config.batch_rows, MAX_TOKENS, dtype=torch.long, device=device)
+    probs = torch.full(columns.shape, 1 / MAX_TOKENS, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            logits = memory(keys)
+        log_probs = logits.float().log_softmax(-1)
+        distillation_loss(log_probs, columns, probs, columns[:, 0], config.alpha).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _best_of(2, step)

@@ -1,0 +1,158 @@
+"""Tiny random base models with a real tokenizer, and a corpus to go with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.corpus import Document
+from mlpmem_rag.datastore import Datastore
+
+_HEADS = {"num_attention_heads": 4, "max_position_embeddings": 96}
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, **_HEADS}
+FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": lambda **ids: LlamaConfig(num_key_value_heads=2, **_SIZES, **ids),
+    "mistral": lambda **ids: MistralConfig(num_key_value_heads=2, **_SIZES, **ids),
+    "qwen2": lambda **ids: Qwen2Config(num_key_value_heads=2, **_SIZES, **ids),
+    "qwen3": lambda **ids: Qwen3Config(num_key_value_heads=2, head_dim=8, **_SIZES, **ids),
+    "gemma": lambda **ids: GemmaConfig(num_key_value_heads=1, head_dim=8, **_SIZES, **ids),
+    "phi": lambda **ids: PhiConfig(**_SIZES, **ids),
+    "gpt2": lambda **ids: GPT2Config(
+        n_embd=32, n_layer=4, n_head=4, n_positions=96, n_inner=48, **ids
+    ),
+    "gpt_neox": lambda **ids: GPTNeoXConfig(**_SIZES, **ids),
+    "opt": lambda **ids: OPTConfig(
+        hidden_size=32, ffn_dim=48, word_embed_proj_dim=32, num_hidden_layers=4, **_HEADS, **ids
+    ),
+}
+
+_PLACES = ("the harbour", "a mountain hut", "the old mill", "Lake Orsa")
+_THINGS = ("three copper lamps", "a map of the tunnels", "wild honey", "the ledger of 1887")
+_PEOPLE = ("Ines Maro", "the night watchman", "Dr. Tollen", "two surveyors")
+_ENDS = (
+    "Nobody asked about it again until the spring floods came.",
+    "It was sold for 42 crowns, which was far too little!",
+    "Why it had been left there remains an open question.",
+    "The second report, written by another hand, says the opposite.",
+)
+
+
+def _texts() -> list[str]:
+    """Sixteen short texts: each place once with each thing, in different words and lengths."""
+    return [
+        f"In {_PLACES[n % 4]}, {_PEOPLE[(n + n // 4) % 4]} found {_THINGS[n // 4]}. "
+        + " ".join(_ENDS[: 1 + (n * 7) % 4])
+        for n in range(16)
+    ]
+
+
+def train_tokenizer(*, special: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; with `special` it puts <s> in front and knows </s> and <pad>."""
+    tokens = ["<s>", "</s>", "<pad>"] if special else []
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    if not special:
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def save_model(folder: Path, family: str, *, special: bool = True) -> Path:
+    """A random causal model of the family and its tokenizer, as a Hugging Face folder."""
+    tokenizer = train_tokenizer(special=special)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    config = FAMILIES[family](vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # far from the near-zero start of a real training
+            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 4 layers, width 32, 300 tokens, on disk."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_folder`, its tokenizer without BOS, EOS and padding token."""
+    return save_model(tmp_path_factory.mktemp("models") / "bare-llama", "llama", special=False)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """One model folder of each family; its name is the family's."""
+    return save_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_folder: Path) -> Backbone:
+    """The tiny Llama, loaded as the library loads any base model."""
+    return load_backbone(str(tiny_folder), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_documents() -> list[Document]:
+    """Sixteen documents of one to five sentences."""
+    return [
+        Document(id=f"doc-{n}", text=text, title=None, source=f"doc-{n}.txt")
+        for n, text in enumerate(_texts())
+    ]
+
+
+@pytest.fixture(scope="session")
+def datastore_of() -> Callable[..., Datastore]:
+    """Makes a datastore of hand-made keys and next tokens."""
+
+    def make(keys: npt.ArrayLike, next_tokens: npt.ArrayLike | None = None) -> Datastore:
+        stored: npt.NDArray[Any] = np.asarray(keys, dtype=np.float16)
+        none = np.zeros(len(stored), dtype=np.int32)
+        tokens = none if next_tokens is None else np.asarray(next_tokens, dtype=np.int32)
+        return Datastore((stored,), tokens, none, np.arange(len(stored), dtype=np.int32))
+
+    return make

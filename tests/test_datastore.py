@@ -1,0 +1,137 @@
+"""The datastore: every row's key, token and place, however the work was cut up."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_rag import datastore as module
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.corpus import Document
+from mlpmem_rag.datastore import Datastore, build_datastore, length_buckets
+from mlpmem_rag.errors import ArtifactError, BaseModelError
+from mlpmem_rag.progress import ProgressEvent
+from mlpmem_rag.windows import TokenArray, Window, make_windows, tokenize
+
+LENGTH, STRIDE = 16, 8
+
+
+@pytest.fixture(scope="module")
+def token_ids(tiny_documents: list[Document], tiny_backbone: Backbone) -> list[TokenArray]:
+    return tokenize(tiny_documents, tiny_backbone.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def windows(token_ids: list[TokenArray]) -> list[Window]:
+    return make_windows(token_ids, length=LENGTH, stride=STRIDE)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows a batch, so that there are more batches than between two notes of the state."""
+    small = functools.partial(length_buckets, max_tokens=2 * LENGTH)
+    monkeypatch.setattr(module, "length_buckets", small)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_equal_an_independent_walk(
+    tmp_path: Path,
+    tiny_backbone: Backbone,
+    token_ids: list[TokenArray],
+    windows: list[Window],
+) -> None:
+    store = build_datastore(tiny_backbone, windows, tmp_path)
+    walk = [(n, p) for n, ids in enumerate(token_ids) for p in range(1, len(ids))]
+    assert list(zip(store.documents.tolist(), store.positions.tolist(), strict=True)) == walk
+    assert store.next_tokens.tolist() == [token_ids[n][p] for n, p in walk]
+    assert (store.num_rows, store.key_size) == (len(walk), 32)
+
+    keys = store.keys(np.arange(store.num_rows))
+    for row, (n, p) in enumerate(walk):
+        # The first window that holds position p begins at the first multiple of the stride
+        # from which p is reached.
+        start = max(0, -(-(p + 1 - LENGTH) // STRIDE) * STRIDE)
+        seen = torch.from_numpy(token_ids[n][start:p].astype(np.int64))[None]
+        alone = tiny_backbone.hidden(seen, torch.ones_like(seen))[0, -1]
+        # One unit in the last place of float16 at most.
+        np.testing.assert_allclose(keys[row], alone.half().float(), rtol=1e-3, atol=1e-5)
+
+
+def test_shards_hold_the_same_as_one_file(
+    tmp_path: Path,
+    tiny_backbone: Backbone,
+    windows: list[Window],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = build_datastore(tiny_backbone, windows, tmp_path / "whole")
+    rows = np.random.default_rng(0).permutation(whole.num_rows)
+    expected = whole.keys(rows)
+    monkeypatch.setattr(module, "SHARD_ROWS", 100)
+    parts = build_datastore(tiny_backbone, windows, tmp_path / "parts")
+    assert [len(shard) for shard in parts.key_shards[:-1]] == [100] * (whole.num_rows // 100)
+    np.testing.assert_array_equal(parts.keys(rows), expected)
+    np.testing.assert_array_equal(parts.next_tokens, whole.next_tokens)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("stop", [10, 40])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, tiny_backbone: Backbone, windows: list[Window], stop: int
+) -> None:
+    events: list[ProgressEvent] = []
+    build_datastore(tiny_backbone, windows, tmp_path / "once", on_progress=events.append)
+    assert len(events) > 65, "the state must be noted twice on the way"
+
+    def interrupt(event: ProgressEvent) -> None:
+        if event.done >= events[stop].done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_datastore(tiny_backbone, windows, tmp_path / "twice", on_progress=interrupt)
+    with pytest.raises(ArtifactError, match="no finished datastore"):
+        Datastore.open(tmp_path / "twice")
+    resumed: list[ProgressEvent] = []
+    build_datastore(tiny_backbone, windows, tmp_path / "twice", on_progress=resumed.append)
+
+    assert resumed == events[32 * (stop // 32) :]
+    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
+
+
+def test_other_windows_are_built_afresh(
+    tmp_path: Path, tiny_backbone: Backbone, windows: list[Window]
+) -> None:
+    build_datastore(tiny_backbone, windows[:5], tmp_path / "reused")
+    build_datastore(tiny_backbone, windows, tmp_path / "reused")
+    build_datastore(tiny_backbone, windows, tmp_path / "new")
+    assert contents(tmp_path / "reused") == contents(tmp_path / "new")
+
+
+def test_a_state_too_large_for_float16_is_refused(
+    tmp_path: Path, tiny_backbone: Backbone, windows: list[Window]
+) -> None:
+    model = copy.deepcopy(tiny_backbone.model)
+    model.model.layers[tiny_backbone.layer].post_attention_layernorm.weight.mul_(1e6)
+    broken = dataclasses.replace(tiny_backbone, model=model)
+    with pytest.raises(BaseModelError, match="does not fit into float16.*--layer"):
+        build_datastore(broken, windows, tmp_path)
+
+
+def test_batches_hold_every_window_once_within_the_limit(windows: list[Window]) -> None:
+    batches = list(length_buckets(windows, max_tokens=50))
+    assert sorted(w for batch in batches for w in batch) == list(range(len(windows)))
+    assert all(len(b) * max(len(windows[w].token_ids) for w in b) <= 50 for b in batches)
+    assert len(batches) < len(windows)
+
+
+def test_nothing_to_open(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no finished datastore"):
+        Datastore.open(tmp_path)

@@ -1,0 +1,173 @@
+"""From neighbours to next-token distributions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlpmem_rag import targets as module
+from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.neighbors import Neighbors, find_neighbors
+from mlpmem_rag.targets import (
+    TAU_FACTORS,
+    Targets,
+    build_targets,
+    derive_tau,
+    teacher_probability,
+    vote,
+)
+
+Make = Callable[..., Datastore]
+Tokens = npt.NDArray[np.int32]
+NO_ROW = np.inf
+
+
+def made_up(rows: int = 300, k: int = 20, vocabulary: int = 9) -> tuple[Neighbors, Tokens]:
+    """Random neighbours, some missing, and next tokens."""
+    rng = np.random.default_rng(0)
+    distances = np.sort(rng.exponential(5, size=(rows, k)), axis=1).astype(np.float32)
+    ids = rng.integers(rows, size=(rows, k)).astype(np.int32)
+    ids[::7, 12:], distances[::7, 12:] = -1, NO_ROW
+    return Neighbors(ids, distances), rng.integers(vocabulary, size=rows).astype(np.int32)
+
+
+def dense(neighbors: Neighbors, next_tokens: Tokens, tau: float) -> npt.NDArray[np.float64]:
+    """p_kNN as the paper writes it, a loop over everything. *Shape:* (N, vocabulary)."""
+    out = np.zeros((len(neighbors.ids), int(next_tokens.max()) + 1))
+    for row, (ids, distances) in enumerate(zip(neighbors.ids, neighbors.distances, strict=True)):
+        for neighbor, distance in zip(ids, distances, strict=True):
+            if neighbor >= 0:
+                out[row, next_tokens[neighbor]] += np.exp(-float(distance) / tau)
+    return out / out.sum(1, keepdims=True)
+
+
+def as_dense(targets: Targets, width: int) -> npt.NDArray[np.float64]:
+    out = np.zeros((len(targets.token_ids), width + 1))  # the last column takes the unused places
+    np.put_along_axis(out, targets.token_ids.astype(int), targets.probs.astype(float), 1)
+    return out[:, :-1]
+
+
+def test_a_hand_made_datastore(tmp_path: Path, datastore_of: Make) -> None:
+    store = datastore_of([[0.0], [1.0], [3.0]], [5, 7, 5])
+    neighbors = find_neighbors(store, np.arange(3), tmp_path, k=2)
+    targets = build_targets(neighbors, store.next_tokens, tmp_path, tau=2.0)
+    # Row 0: row 1 (token 7) at distance 1, row 2 (token 5) at 9: 1 / (1 + exp(-4)).
+    # Row 1: both others say 5. Row 2: row 1 (token 7) at 4, row 0 (token 5) at 9: exp(-2.5).
+    np.testing.assert_array_equal(targets.token_ids, [[7, 5], [5, -1], [7, 5]])
+    expected = [[0.98201379, 0.01798621], [1.0, 0.0], [0.92414182, 0.07585818]]
+    np.testing.assert_allclose(targets.probs, expected, atol=5e-4)
+    assert targets.kept_mass == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("tau", [0.2, 3.0, 1e4])
+def test_targets_equal_a_loop_over_everything(
+    tmp_path: Path, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROW_BATCH", 128)
+    neighbors, next_tokens = made_up()
+    targets = build_targets(neighbors, next_tokens, tmp_path, tau=tau)
+    expected = dense(neighbors, next_tokens, tau)
+    np.testing.assert_allclose(as_dense(targets, 9), expected, rtol=1e-3, atol=2e-6)
+    np.testing.assert_allclose(targets.probs.astype(float).sum(1), 1, atol=2e-3)
+    rows = np.array([299, 0, 7, 7, 130])
+    given_to_truth = teacher_probability(neighbors, next_tokens, rows, tau)
+    np.testing.assert_allclose(given_to_truth, expected[rows, next_tokens[rows]], rtol=1e-5)
+
+
+def test_fewer_tokens_keep_less_mass_and_are_renormalised(tmp_path: Path) -> None:
+    neighbors, next_tokens = made_up()
+    targets = build_targets(neighbors, next_tokens, tmp_path, tau=3.0, max_tokens=3)
+    heaviest = np.sort(dense(neighbors, next_tokens, 3.0), 1)[:, :-4:-1]
+    assert targets.kept_mass == pytest.approx(heaviest.sum(1).mean(), rel=1e-4)
+    assert targets.kept_mass < 0.95
+    expected = heaviest / heaviest.sum(1, keepdims=True)
+    np.testing.assert_allclose(targets.probs, expected, rtol=1e-3)
+
+
+VOTES = st.integers(1, 8).flatmap(
+    lambda k: st.lists(
+        st.lists(
+            # Weights are multiples of 1/64: their sums are exact in any order.
+            st.tuples(st.integers(-1, 5), st.integers(0, 64).map(lambda n: n / 64)),
+            min_size=k,
+            max_size=k,
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+
+
+@given(rows=VOTES, max_tokens=st.integers(1, 8))
+def test_vote_equals_counting_in_a_dictionary(
+    rows: list[list[tuple[int, float]]], max_tokens: int
+) -> None:
+    tokens = np.array([[token for token, _ in row] for row in rows], dtype=np.int32)
+    weights = np.array([[weight for _, weight in row] for row in rows], dtype=np.float32)
+    found_tokens, found_sums = vote(tokens, weights, max_tokens)
+    for row, names, sums in zip(rows, found_tokens.tolist(), found_sums.tolist(), strict=True):
+        counted: dict[int, float] = defaultdict(float)
+        for token, weight in row:
+            if token >= 0 and weight > 0:
+                counted[token] += weight
+        best = sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:max_tokens]
+        empty = [(-1, 0.0)] * (max_tokens - len(best))
+        assert list(zip(names, sums, strict=True)) == best + empty
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, np.nan, np.inf])
+def test_tau_must_be_positive(tmp_path: Path, tau: float) -> None:
+    with pytest.raises(ConfigError, match="allowed is a number above 0"):
+        build_targets(*made_up(), tmp_path, tau=tau)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_derived_tau_is_the_best_of_the_grid(noise: float, scale: float) -> None:
+    """Neighbours agree with a row the more the nearer they are, apart from the noise."""
+    rng = np.random.default_rng(1)
+    place = rng.uniform(0, 30, size=400)
+    next_tokens = (place // 3).astype(np.int32)
+    next_tokens[rng.random(400) < noise] = rng.integers(10)
+    distances = (place[:, None] - place[None]) ** 2 * scale
+    np.fill_diagonal(distances, np.inf)
+    ids = np.argsort(distances, 1)[:, :60].astype(np.int32)
+    near = np.take_along_axis(distances, ids.astype(int), 1).astype(np.float32)
+    neighbors, rows = Neighbors(ids, near), np.arange(0, 400, 2)
+
+    unigram = np.array([(next_tokens[rows] == token).mean() for token in range(10)])
+    truth = next_tokens[rows]
+    taus = [factor * near[:, :10].mean(dtype=float) for factor in TAU_FACTORS]
+    fits = [
+        np.log((dense(neighbors, next_tokens, tau)[rows, truth] + unigram[truth]) / 2).mean()
+        for tau in taus
+    ]
+    assert np.ptp(fits) > 1e-3
+    assert derive_tau(neighbors, next_tokens, rows) == pytest.approx(taus[int(np.argmax(fits))])
+
+
+def test_equal_contexts_vote_equally(tmp_path: Path, datastore_of: Make) -> None:
+    store = datastore_of(np.ones((4, 2)), [3, 3, 8, 8])
+    neighbors = find_neighbors(store, np.arange(4), tmp_path, k=3)
+    tau = derive_tau(neighbors, store.next_tokens, np.arange(4))
+    targets = build_targets(neighbors, store.next_tokens, tmp_path, tau=tau)
+    thirds = [[0, 0, 0, 1 / 3, 0, 0, 0, 0, 2 / 3]] * 2 + [[0, 0, 0, 2 / 3, 0, 0, 0, 0, 1 / 3]] * 2
+    np.testing.assert_allclose(as_dense(targets, 9), thirds, atol=5e-4)
+
+
+def test_a_row_without_neighbours_has_no_target(tmp_path: Path) -> None:
+    ids = np.array([[1, -1], [-1, -1]], dtype=np.int32)
+    distances = np.array([[1, NO_ROW], [NO_ROW, NO_ROW]], dtype=np.float32)
+    neighbors, next_tokens = Neighbors(ids, distances), np.array([4, 6], dtype=np.int32)
+    targets = build_targets(neighbors, next_tokens, tmp_path, tau=1.0)
+    np.testing.assert_array_equal(targets.token_ids, [[6, -1], [-1, -1]])
+    np.testing.assert_array_equal(targets.probs, [[1, 0], [0, 0]])
+    assert targets.kept_mass == pytest.approx(0.5)
