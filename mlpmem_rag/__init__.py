@@ -1,9 +1,9 @@
 """MLP Memory: a corpus distilled into a small network that replaces retrieval.
 
-    from mlpmem_rag import MemoryModel, train
+from mlpmem_rag import MemoryModel, train
 
-    train("./documents", out="./memory")
-    print(MemoryModel.load("./memory").answer("What …?").text)
+train("./documents", out="./memory")
+print(MemoryModel.load("./memory").answer("What …?").text)
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def save_artifact(
     }
     write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
     for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
-        os.replace(staged / name, folder / name)
+        (staged / name).replace(folder / name)
     staged.rmdir()
 
 

@@ -140,7 +140,7 @@ class Backbone:
     @torch.inference_mode()
     def next_token_log_probs(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Log-probability of each next token. *Shapes:* (B, T), (B, T) -> (B, T-1)."""
-        logits = self.model(
+        logits: Tensor = self.model(
             input_ids=token_ids, attention_mask=attention_mask, use_cache=False
         ).logits[:, :-1]
         chosen = logits.gather(-1, token_ids[:, 1:, None]).squeeze(-1).float()
@@ -181,7 +181,7 @@ def load_backbone(
         tokenizer=tokenizer_fingerprint(tokenizer),
         vocab_size=model.get_output_embeddings().weight.shape[0],
     )
-    model = model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
+    nn.Module.to(model, device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
     backbone = Backbone(model, tokenizer, resolve_layer(layer, num_layers), reference)
     _ = backbone.mlp  # refuse now rather than in the middle of the work
     return backbone
@@ -274,15 +274,16 @@ def mlp_sublayer(layer: nn.Module, hidden_size: int) -> nn.Module:
     """
     children = dict(layer.named_children())
     attention = [name for name in children if "attn" in name or "attention" in name]
+    attends = any(p.ndim >= 2 for name in attention for p in children[name].parameters())
     with_weights = [
         module
         for name, module in children.items()
         if name not in attention and any(p.ndim >= 2 for p in module.parameters())
     ]
     for module in with_weights:
-        if not isinstance(module, nn.Linear) or module.in_features == hidden_size:
-            if any(p.ndim >= 2 for name in attention for p in children[name].parameters()):
-                return module
+        takes_hidden = not isinstance(module, nn.Linear) or module.in_features == hidden_size
+        if attends and takes_hidden:
+            return module
     raise BaseModelError(
         f"decoder layer {type(layer).__name__} is not attention followed by an MLP "
         f"(its parts: {', '.join(children)}); choose a standard decoder-only model"

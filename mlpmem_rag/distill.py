@@ -29,6 +29,7 @@ from mlpmem_rag.storage import replace_file, write_json
 from mlpmem_rag.targets import Targets
 
 Rows = npt.NDArray[np.int64]
+BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,15 @@ class TrainingData:
 def distillation_loss(
     log_probs: Tensor, columns: Tensor, probs: Tensor, next_columns: Tensor, alpha: float
 ) -> Tensor:
-    """alpha * KL(target || memory) + (1 - alpha) * cross-entropy, mean over rows.
+    """Alpha * KL(target || memory) + (1 - alpha) * cross-entropy, mean over rows.
 
     *Shapes:* log_probs (R, V), columns (R, M), probs (R, M), next_columns (R,) -> ().
     """
     cross = -(probs * log_probs.gather(1, columns)).sum(1)
     entropy = -torch.special.xlogy(probs, probs).sum(1)
     nll = -log_probs.gather(1, next_columns[:, None]).squeeze(1)
-    return (alpha * (cross - entropy) + (1 - alpha) * nll).mean()
+    loss: Tensor = (alpha * (cross - entropy) + (1 - alpha) * nll).mean()
+    return loss
 
 
 def distill(
@@ -161,48 +163,71 @@ def distill(
     Raises:
         TrainingError: the loss is no longer finite; the last good checkpoint is kept.
     """
-    device = memory.corpus_tokens.device
-    steps_an_epoch = math.ceil(len(train_rows) / config.batch_rows)
-    optimizer, schedule = _optimizer(memory, config, steps_an_epoch * config.epochs)
+    optimizer = torch.optim.AdamW(memory.parameters(), weight_decay=0.0, fused=True)
     last_epoch = min(stop_epoch or config.epochs, config.epochs)
     report = DistillReport()
-    epoch = _resume(folder, memory, optimizer, schedule, report)
-    memory.train()
+    epoch = _resume(folder, memory, optimizer, report)
     total = last_epoch * len(train_rows)
     on_progress(ProgressEvent(stage, epoch * len(train_rows), total, "rows"))
     while epoch < last_epoch and epoch - report.best_epoch < config.patience:
         started = time.perf_counter()
         losses = []
-        for number, rows in enumerate(_shuffled(train_rows, config, epoch)):
-            keys, *target = data.batch(rows)
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                logits = memory(keys)
-            loss = distillation_loss(logits.float().log_softmax(-1), *target, config.alpha)
-            losses.append(_finite(loss, epoch * steps_an_epoch + number, folder))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(memory.parameters(), config.clip)
-            optimizer.step()
-            schedule.step()
-            done = epoch * len(train_rows) + min((number + 1) * config.batch_rows, len(train_rows))
+        for loss in _train_epoch(memory, data, train_rows, optimizer, config, epoch, folder):
+            losses.append(loss)
+            done = epoch * len(train_rows) + min(len(losses) * config.batch_rows, len(train_rows))
             on_progress(ProgressEvent(stage, done, total, "rows"))
         epoch += 1
         report.train_losses.append(float(np.mean(losses)))
         report.rows_per_second = len(train_rows) / (time.perf_counter() - started)
-        if validation is None:
+        if validation is not None:
+            report.validation_losses.append(validation_loss(memory, data, validation))
+        validated = report.validation_losses
+        if validation is None or validated[-1] == min(validated):
             report.best_epoch = epoch
-        else:
-            p_memory = true_token_probabilities(memory, data, validation.rows)
-            lambda_ = best_lambda(validation.p_base, p_memory)
-            report.validation_losses.append(mixture_nll(validation.p_base, p_memory, lambda_))
-            if report.validation_losses[-1] == min(report.validation_losses):
-                report.best_epoch = epoch
         report.seconds += time.perf_counter() - started
-        _checkpoint(folder, memory, optimizer, schedule, report, epoch)
+        _checkpoint(folder, memory, optimizer, report, epoch)
     on_progress(ProgressEvent(stage, total, total, "rows"))
-    _load_weights(memory, folder / "best.safetensors")
+    memory.load_state_dict(load_file(folder / BEST))
     memory.eval()
+    for path in folder.glob("last-*.safetensors"):  # three times the weights, and of no more use
+        path.unlink()
     return report
+
+
+def _train_epoch(
+    memory: Memory,
+    data: TrainingData,
+    train_rows: Rows,
+    optimizer: torch.optim.AdamW,
+    config: DistillConfig,
+    epoch: int,
+    folder: Path,
+) -> Iterator[float]:
+    """One pass over the rows; yields the loss of each step."""
+    memory.train()
+    device = memory.corpus_tokens.device
+    steps = math.ceil(len(train_rows) / config.batch_rows)
+    for number, rows in enumerate(_shuffled(train_rows, config, epoch)):
+        keys, columns, probs, next_columns = data.batch(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            logits = memory(keys)
+        log_probs = logits.float().log_softmax(-1)
+        loss = distillation_loss(log_probs, columns, probs, next_columns, config.alpha)
+        step = epoch * steps + number
+        value = _finite(loss, step, folder)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(memory.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps * config.epochs, config)
+        optimizer.step()
+        yield value
+
+
+def validation_loss(memory: Memory, data: TrainingData, validation: Validation) -> float:
+    """Negative log-likelihood of the held-out rows under the best mixture with the base."""
+    p_memory = true_token_probabilities(memory, data, validation.rows)
+    return mixture_nll(validation.p_base, p_memory, best_lambda(validation.p_base, p_memory))
 
 
 @torch.inference_mode()
@@ -232,19 +257,12 @@ def _shuffled(rows: Rows, config: DistillConfig, epoch: int) -> Iterator[Rows]:
         yield np.sort(rows[order[first : first + config.batch_rows]])
 
 
-def _optimizer(
-    memory: Memory, config: DistillConfig, steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    optimizer = torch.optim.AdamW(
-        memory.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
-    )
+def learning_rate_at(step: int, steps: int, config: DistillConfig) -> float:
+    """Linear warm-up, then linear decay to zero at the last of `steps`."""
     warmup = max(1, round(config.warmup * steps))
-
-    def factor(step: int) -> float:
-        rising = (step + 1) / warmup
-        return min(rising, max(0.0, (steps - step) / max(1, steps - warmup)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rising = (step + 1) / warmup
+    falling = (steps - step) / max(1, steps - warmup)
+    return config.learning_rate * min(1.0, rising, falling)
 
 
 def _finite(loss: Tensor, step: int, folder: Path) -> float:
@@ -261,7 +279,6 @@ def _checkpoint(
     folder: Path,
     memory: Memory,
     optimizer: torch.optim.AdamW,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
     report: DistillReport,
     epoch: int,
 ) -> None:
@@ -269,7 +286,7 @@ def _checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     weights = memory.state_dict()
     if report.best_epoch == epoch:
-        replace_file(folder / "best.safetensors", lambda path: save_file(weights, path))
+        replace_file(folder / BEST, lambda path: save_file(weights, path))
     tensors = {f"weights.{name}": tensor for name, tensor in weights.items()}
     for name, parameter in memory.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -277,7 +294,7 @@ def _checkpoint(
     # Two files by turns: the one the state names is never being written.
     file = f"last-{epoch % 2}.safetensors"
     replace_file(folder / file, lambda path: save_file(tensors, path))
-    state = {"epoch": epoch, "file": file, "schedule": schedule.last_epoch, **asdict(report)}
+    state = {"epoch": epoch, "file": file, **asdict(report)}
     write_json(folder / "state.json", state)
 
 
@@ -285,13 +302,16 @@ def _resume(
     folder: Path,
     memory: Memory,
     optimizer: torch.optim.AdamW,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
     report: DistillReport,
 ) -> int:
     path = folder / "state.json"
     if not path.is_file():
         return 0
     state = json.loads(path.read_text())
+    for name in asdict(report):
+        setattr(report, name, state[name])
+    if not (folder / state["file"]).is_file():  # training had ended
+        return int(state["epoch"])
     tensors = load_file(folder / state["file"])
     weights = "weights."
     memory.load_state_dict(
@@ -302,12 +322,4 @@ def _resume(
             key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
             for key in ("step", "exp_avg", "exp_avg_sq")
         }
-    schedule.last_epoch = state["schedule"] - 1
-    schedule.step()
-    for name in asdict(report):
-        setattr(report, name, state[name])
     return int(state["epoch"])
-
-
-def _load_weights(memory: Memory, path: Path) -> None:
-    memory.load_state_dict(load_file(path))

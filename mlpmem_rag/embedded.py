@@ -77,7 +77,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     model.config._name_or_path = ""
-    model = model.to(torch.bfloat16)  # 8 bits of mantissa hold what 4-bit weights said
+    torch.nn.Module.to(model, torch.bfloat16)  # 8 bits of mantissa hold what 4-bit weights said
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         model.save_pretrained(beside)

@@ -31,7 +31,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 have hardware of their own on this device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

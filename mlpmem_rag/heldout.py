@@ -86,9 +86,7 @@ def score_base(
     return np.array(out)
 
 
-def tune(
-    p_base: Probabilities, p_memory_at: dict[float, Probabilities]
-) -> tuple[float, float]:
+def tune(p_base: Probabilities, p_memory_at: dict[float, Probabilities]) -> tuple[float, float]:
     """Lambda and temperature with the best mixture on the validation rows.
 
     Args:

@@ -7,6 +7,7 @@ kNN targets have no mass elsewhere. Module names are those of the published chec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,10 +130,14 @@ class Memory(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """*Shape:* (..., D) -> (..., V)."""
         x = hidden.to(self.lm_head.weight.dtype)
-        for block in self.layers:
+        for block in self.blocks():
             x = block(x)
         out: Tensor = self.lm_head(self.norm(x))
         return out
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks in order."""
+        return (block for block in self.layers if isinstance(block, Block))
 
     def log_probs(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Normalised over the corpus vocabulary, float32. *Shape:* (..., D) -> (..., V)."""
@@ -153,7 +158,7 @@ def new_memory(
         memory = Memory(config)
     memory.corpus_tokens.copy_(corpus_tokens)
     with torch.no_grad():
-        for block in memory.layers:
+        for block in memory.blocks():
             block.mlp.down_proj.weight.zero_()
         if head is not None and head.shape == memory.lm_head.weight.shape:
             memory.lm_head.weight.copy_(head)

@@ -134,8 +134,9 @@ class MemoryModel:
     def log_probs(self, token_ids: Sequence[int], *, lambda_: float | None = None) -> Tensor:
         """Log-probabilities of the next token after each one, float32. *Shape:* (T,) -> (T, W)."""
         ids = torch.tensor([list(token_ids)], device=self.model.device)
-        logits = self.model(input_ids=ids, memory_lambda=lambda_, use_cache=False).logits[0]
-        return logits.float().log_softmax(-1)
+        output = self.model(input_ids=ids, memory_lambda=lambda_, use_cache=False)
+        log_probs: Tensor = output.logits[0].float().log_softmax(-1)
+        return log_probs
 
     def _prompt(self, question: str | Sequence[Message]) -> list[int]:
         messages = (
@@ -144,11 +145,10 @@ class MemoryModel:
         if not messages or not messages[-1]["content"].strip():
             raise ConfigError("the question is empty; ask something")
         if getattr(self.tokenizer, "chat_template", None):
-            return list(
-                self.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, return_dict=True
-                )["input_ids"]
+            encoded: Any = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=True
             )
+            return list(encoded["input_ids"])
         names = {"user": "Question", "assistant": "Answer"}
         lines = [f"{names.get(m['role'], 'Context')}: {m['content'].strip()}" for m in messages]
         return list(self.tokenizer("\n".join([*lines, "Answer:"]))["input_ids"])
@@ -186,7 +186,8 @@ class MemoryModel:
         def work() -> None:
             try:
                 with torch.inference_mode():
-                    self.model.generate(
+                    model: Any = self.model  # generate() is annotated for other classes
+                    model.generate(
                         inputs=token_ids,
                         attention_mask=torch.ones_like(token_ids),
                         generation_config=config,
@@ -195,7 +196,7 @@ class MemoryModel:
                         memory_lambda=lambda_,
                         **options,
                     )
-            except BaseException as error:  # noqa: BLE001  raised again in the consumer's thread
+            except BaseException as error:
                 failure.append(error)
             finally:
                 streamer.end()
@@ -232,7 +233,7 @@ class _Clock:
         )
 
 
-class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc]
+class _TimedStreamer(TextIteratorStreamer):
     """Text pieces, with the time of every token (a piece of text may wait for several)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: _Clock) -> None:
@@ -245,7 +246,7 @@ class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc]
         super().put(value)
 
 
-class _Cancelled(StoppingCriteria):  # type: ignore[misc]
+class _Cancelled(StoppingCriteria):
     """Stops when nobody reads the stream any more."""
 
     def __init__(self, event: threading.Event) -> None:

@@ -56,7 +56,7 @@ class MLPMemConfig(PreTrainedConfig):
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
     """p = lambda * p_mem + (1 - lambda) * p_LM at every position (paper, section 3)."""
 
     config_class = MLPMemConfig
@@ -89,16 +89,19 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The base's."""
-        return self.base.get_input_embeddings()
+        embeddings: torch.nn.Module = self.base.get_input_embeddings()
+        return embeddings
 
     def get_output_embeddings(self) -> torch.nn.Module:
         """The base's."""
-        return self.base.get_output_embeddings()
+        embeddings: torch.nn.Module = self.base.get_output_embeddings()
+        return embeddings
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
         """The base's, since every architecture has its own needs."""
         memory_lambda = kwargs.pop("memory_lambda", None)
-        inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
+        base: Any = self.base  # torch types submodules as tensors or modules
+        inputs: dict[str, Any] = base.prepare_inputs_for_generation(*args, **kwargs)
         return {**inputs, "memory_lambda": memory_lambda}
 
     def forward(
@@ -147,7 +150,9 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if lambda_ > 0:
             hidden = tap.hidden.reshape(len(logits), -1, tap.hidden.shape[-1])  # (B, T, D)
             # As in transformers: 0 keeps all positions, n the last n, a tensor names them.
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             memory_log_probs = self.memory.log_probs(
                 hidden[:, kept], self.config.memory_temperature
             )
@@ -166,7 +171,9 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
 
 
-def attach_memory(backbone: Backbone, memory: Memory, settings: MemorySettings) -> MLPMemForCausalLM:
+def attach_memory(
+    backbone: Backbone, memory: Memory, settings: MemorySettings
+) -> MLPMemForCausalLM:
     """Put a memory on a loaded base model.
 
     Raises:
@@ -185,7 +192,9 @@ def attach_memory(backbone: Backbone, memory: Memory, settings: MemorySettings) 
         memory_temperature=settings.memory_temperature,
     )
     memory = memory.to(device=backbone.device, dtype=backbone.model.dtype)
-    return MLPMemForCausalLM(config, backbone.model, memory, backbone.mlp).eval()
+    model = MLPMemForCausalLM(config, backbone.model, memory, backbone.mlp)
+    torch.nn.Module.eval(model)
+    return model
 
 
 def load_model(

@@ -42,7 +42,14 @@ from mlpmem_rag.distill import (
 from mlpmem_rag.embedded import SMOLLM2
 from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError, OutputError, ResourceError
 from mlpmem_rag.hardware import dtype_name
-from mlpmem_rag.heldout import TEMPERATURES, Perplexities, measure, score_base, tune
+from mlpmem_rag.heldout import (
+    TEMPERATURES,
+    Perplexities,
+    Probabilities,
+    measure,
+    score_base,
+    tune,
+)
 from mlpmem_rag.memory import SIZES, Memory, derive_config, new_memory
 from mlpmem_rag.mixing import best_lambda
 from mlpmem_rag.neighbors import MAX_NEIGHBORS, Neighbors, find_neighbors, import_faiss
@@ -53,7 +60,7 @@ from mlpmem_rag.split import Split, split_rows
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
 from mlpmem_rag.storage import folder_bytes
 from mlpmem_rag.targets import Targets, build_targets, derive_tau, teacher_probability
-from mlpmem_rag.windows import Window, make_windows, tokenize
+from mlpmem_rag.windows import TokenArray, Window, make_windows, tokenize
 
 RECIPES = ("paper",)
 MIN_ROWS = 128
@@ -254,110 +261,34 @@ def _train(
     run: str,
     on_progress: OnProgress,
 ) -> TrainReport:
-    backbone, windows = prepared.backbone, prepared.windows
+    stages = _Stages(prepared, config, work, on_progress)
 
-    # 1. The datastore: (hidden state -> next token) for every token of the corpus.
-    key = datastore_key(prepared, config)
-    with stage(work / "datastore", key) as (folder, done):
-        datastore = (
-            Datastore.open(folder)
-            if done
-            else build_datastore(backbone, windows, folder, on_progress=on_progress)
-        )
+    # (hidden state -> next token) for every token of the corpus.
+    datastore = stages.datastore()
 
-    # 2. Its nearest neighbours. Only training rows may be neighbours: what the teacher and
-    #    the memory know of the held-out rows is what the others tell.
-    split = split_rows(
-        np.asarray(datastore.documents), held_out=config.held_out, seed=config.seed
-    )
-    key = stage_key(key, "neighbors", config.neighbors, config.held_out, config.seed)
-    with stage(work / "neighbors", key) as (folder, done):
-        neighbors = (
-            Neighbors.open(folder)
-            if done
-            else find_neighbors(
-                datastore, split.train, folder, k=config.neighbors, on_progress=on_progress
-            )
-        )
+    # Only training rows may be neighbours: what teacher and memory know of the held-out rows
+    # is what the others tell.
+    split = split_rows(np.asarray(datastore.documents), held_out=config.held_out, seed=config.seed)
+    neighbors = stages.neighbors(datastore, split)
 
-    # 3. Their votes.
+    # The neighbours' votes are what the memory learns to imitate.
     next_tokens = np.asarray(datastore.next_tokens)
     tau = config.tau or derive_tau(neighbors, next_tokens, split.train, seed=config.seed)
-    targets_key = stage_key(key, "targets", tau)
-    with stage(work / "targets", targets_key) as (folder, done):
-        targets = (
-            Targets.open(folder)
-            if done
-            else build_targets(neighbors, next_tokens, folder, tau=tau, on_progress=on_progress)
-        )
+    targets = stages.targets(neighbors, next_tokens, tau)
 
-    # 4. What the base alone says about the held-out rows, to compare and mix with.
-    held_out = np.concatenate([split.validation, split.test])
-    with stage(work / "base", stage_key(key, "base")) as (folder, done):
-        p_base = (
-            np.load(folder / "held_out.npy")
-            if done
-            else score_base(
-                backbone, windows, held_out, folder / "held_out.npy", on_progress=on_progress
-            )
-        )
-    p_validation, p_test = np.split(p_base, [len(split.validation)])
+    # Distilled without the held-out documents, to find out when to stop and what it is worth.
+    p_base = stages.base_scores(split)
+    memory, distilled = stages.distil(datastore, targets, split, p_base)
+    tuned = stages.tune(memory, datastore, targets, neighbors, split, tau, p_base)
 
-    # 5. Distillation on the training rows; 6. lambda and temperature; figures on the test rows.
-    memory = _blank_memory(backbone, next_tokens, config)
-    data = TrainingData(datastore, targets, memory, backbone.reference.vocab_size)
-    distil_key = stage_key(targets_key, "distil", asdict(config.distill), config.size, config.seed)
-    with stage(work / "distil", distil_key) as (folder, _):
-        validated = len(split.validation) > 0
-        distilled = distill(
-            memory,
-            data,
-            split.train,
-            config.distill,
-            folder,
-            validation=Validation(split.validation, p_validation) if validated else None,
-            stop_epoch=None if validated else UNVALIDATED_EPOCHS,
-            on_progress=on_progress,
-        )
-    started = time.perf_counter()
-    lambda_, temperature, perplexity = DEFAULT_LAMBDA, 1.0, None
-    if validated:
-        p_memory_at = {
-            t: true_token_probabilities(memory, data, split.validation, t) for t in TEMPERATURES
-        }
-        lambda_, temperature = tune(p_validation, p_memory_at)
-        perplexity = _figures(
-            neighbors, datastore, split, tau, (p_validation, p_test), memory, data,
-            lambda_, temperature,
-        )
-    tuned_seconds = time.perf_counter() - started
+    # The memory that is kept has learned the held-out documents too, for as many epochs.
+    if len(split.validation):
+        memory = stages.refit(datastore, targets, distilled.best_epoch)
 
-    # 7. The memory that is kept has learned the held-out documents too, for as many epochs.
-    if validated:
-        memory = _blank_memory(backbone, next_tokens, config)
-        data = TrainingData(datastore, targets, memory, backbone.reference.vocab_size)
-        with stage(work / "refit", stage_key(distil_key, "refit")) as (folder, _):
-            distill(
-                memory,
-                data,
-                np.arange(datastore.num_rows),
-                config.distill,
-                folder,
-                validation=None,
-                stop_epoch=distilled.best_epoch,
-                stage="refit",
-                on_progress=on_progress,
-            )
-
-    seconds = {
-        name: stage_seconds(work / name)
-        for name in ("datastore", "neighbors", "targets", "base", "distil", "refit")
-        if (work / name).is_dir()
-    }
     report = TrainReport(
         out=str(out),
-        base_model=backbone.reference.name,
-        layer=backbone.layer,
+        base_model=prepared.backbone.reference.name,
+        layer=prepared.backbone.layer,
         documents=len(prepared.corpus.documents),
         skipped=tuple((s.source, s.reason) for s in prepared.corpus.skipped),
         tokens=prepared.tokens,
@@ -367,11 +298,11 @@ def _train(
         tau=tau,
         kept_mass=targets.kept_mass,
         epochs=distilled.best_epoch,
-        memory_lambda=lambda_,
-        memory_temperature=temperature,
-        held_out_by=("document" if split.by_document else "passage") if validated else None,
-        perplexity=perplexity,
-        seconds={**seconds, "tune": tuned_seconds},
+        memory_lambda=tuned.lambda_,
+        memory_temperature=tuned.temperature,
+        held_out_by=split.held_out_by,
+        perplexity=tuned.perplexity,
+        seconds=stages.seconds(),
         datastore_bytes=sum(folder_bytes(work / n) for n in ("datastore", "neighbors", "targets")),
         memory_bytes=sum(t.numel() * t.element_size() for t in memory.state_dict().values()),
     )
@@ -379,38 +310,177 @@ def _train(
     return report
 
 
-def _blank_memory(backbone: Backbone, next_tokens: Any, config: TrainConfig) -> Memory:  # noqa: ANN401
-    tokens = torch.from_numpy(np.unique(next_tokens).astype(np.int64))
-    shape = mlp_shape(backbone.model, backbone.layer)
-    memory_config = derive_config(shape, backbone.num_layers, len(tokens), config.size)
-    head = output_embedding(backbone.model, tokens)
-    return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
+@dataclass(frozen=True)
+class Tuned:
+    """Settings chosen on the validation rows, and what they give on the test rows."""
+
+    lambda_: float = DEFAULT_LAMBDA
+    temperature: float = 1.0
+    perplexity: Perplexities | None = None
 
 
-def _figures(
-    neighbors: Neighbors,
-    datastore: Datastore,
-    split: Split,
-    tau: float,
-    p_base: tuple[Any, Any],
-    memory: Memory,
-    data: TrainingData,
-    lambda_: float,
-    temperature: float,
-) -> Perplexities:
-    next_tokens = np.asarray(datastore.next_tokens)
-    p_teacher = [
-        teacher_probability(neighbors, next_tokens, rows, tau).astype(np.float64)
-        for rows in (split.validation, split.test)
-    ]
-    return measure(
-        p_base[1],
-        p_teacher[1],
-        true_token_probabilities(memory, data, split.test, temperature),
-        np.asarray(datastore.documents)[split.test],
-        teacher_lambda=best_lambda(p_base[0], p_teacher[0]),
-        memory_lambda=lambda_,
-    )
+class _Stages:
+    """Each stage once: done in its own folder, or read from there when nothing has changed."""
+
+    def __init__(
+        self, prepared: Prepared, config: TrainConfig, work: Path, on_progress: OnProgress
+    ) -> None:
+        self._prepared = prepared
+        self._config = config
+        self._work = work
+        self._on_progress = on_progress
+        self._keys = {"datastore": datastore_key(prepared, config)}
+
+    def datastore(self) -> Datastore:
+        with self._stage("datastore", self._keys["datastore"]) as (folder, done):
+            if done:
+                return Datastore.open(folder)
+            return build_datastore(
+                self._prepared.backbone,
+                self._prepared.windows,
+                folder,
+                on_progress=self._on_progress,
+            )
+
+    def neighbors(self, datastore: Datastore, split: Split) -> Neighbors:
+        config = self._config
+        key = self._after("datastore", config.neighbors, config.held_out, config.seed)
+        with self._stage("neighbors", key) as (folder, done):
+            if done:
+                return Neighbors.open(folder)
+            return find_neighbors(
+                datastore, split.train, folder, k=config.neighbors, on_progress=self._on_progress
+            )
+
+    def targets(self, neighbors: Neighbors, next_tokens: TokenArray, tau: float) -> Targets:
+        with self._stage("targets", self._after("neighbors", tau)) as (folder, done):
+            if done:
+                return Targets.open(folder)
+            return build_targets(
+                neighbors, next_tokens, folder, tau=tau, on_progress=self._on_progress
+            )
+
+    def base_scores(self, split: Split) -> tuple[Probabilities, Probabilities]:
+        """What the base alone gives the true tokens of the validation and the test rows."""
+        rows = np.concatenate([split.validation, split.test])
+        with self._stage("base", self._after("neighbors", "base")) as (folder, done):
+            path = folder / "held_out.npy"
+            scores = (
+                np.load(path)
+                if done
+                else score_base(
+                    self._prepared.backbone,
+                    self._prepared.windows,
+                    rows,
+                    path,
+                    on_progress=self._on_progress,
+                )
+            )
+        return scores[: len(split.validation)], scores[len(split.validation) :]
+
+    def distil(
+        self,
+        datastore: Datastore,
+        targets: Targets,
+        split: Split,
+        p_base: tuple[Probabilities, Probabilities],
+    ) -> tuple[Memory, DistillReport]:
+        config = self._config
+        memory = self._blank(datastore)
+        validated = len(split.validation) > 0
+        key = self._after("targets", asdict(config.distill), config.size)
+        with self._stage("distil", key) as (folder, _):
+            report = distill(
+                memory,
+                self._data(datastore, targets, memory),
+                split.train,
+                config.distill,
+                folder,
+                validation=Validation(split.validation, p_base[0]) if validated else None,
+                stop_epoch=None if validated else UNVALIDATED_EPOCHS,
+                on_progress=self._on_progress,
+            )
+        return memory, report
+
+    def tune(
+        self,
+        memory: Memory,
+        datastore: Datastore,
+        targets: Targets,
+        neighbors: Neighbors,
+        split: Split,
+        tau: float,
+        p_base: tuple[Probabilities, Probabilities],
+    ) -> Tuned:
+        """Lambda and temperature from the validation rows, figures from the test rows."""
+        if not len(split.validation):
+            return Tuned()
+        data = self._data(datastore, targets, memory)
+        lambda_, temperature = tune(
+            p_base[0],
+            {t: true_token_probabilities(memory, data, split.validation, t) for t in TEMPERATURES},
+        )
+        next_tokens = np.asarray(datastore.next_tokens)
+        teacher_validation, teacher_test = (
+            teacher_probability(neighbors, next_tokens, rows, tau).astype(np.float64)
+            for rows in (split.validation, split.test)
+        )
+        perplexity = measure(
+            p_base[1],
+            teacher_test,
+            true_token_probabilities(memory, data, split.test, temperature),
+            np.asarray(datastore.documents)[split.test],
+            teacher_lambda=best_lambda(p_base[0], teacher_validation),
+            memory_lambda=lambda_,
+        )
+        return Tuned(lambda_, temperature, perplexity)
+
+    def refit(self, datastore: Datastore, targets: Targets, epochs: int) -> Memory:
+        """The same training with all rows, for as many epochs as were best."""
+        memory = self._blank(datastore)
+        with self._stage("refit", self._after("distil", epochs)) as (folder, _):
+            distill(
+                memory,
+                self._data(datastore, targets, memory),
+                np.arange(datastore.num_rows),
+                self._config.distill,
+                folder,
+                validation=None,
+                stop_epoch=epochs,
+                stage="refit",
+                on_progress=self._on_progress,
+            )
+        return memory
+
+    def seconds(self) -> dict[str, float]:
+        """Time of each stage, also of those that an earlier run has done."""
+        return {name: stage_seconds(self._work / name) for name in self._keys}
+
+    def _blank(self, datastore: Datastore) -> Memory:
+        backbone, config = self._prepared.backbone, self._config
+        tokens = torch.from_numpy(np.unique(datastore.next_tokens).astype(np.int64))
+        shape = mlp_shape(backbone.model, backbone.layer)
+        memory_config = derive_config(shape, backbone.num_layers, len(tokens), config.size)
+        head = output_embedding(backbone.model, tokens)
+        return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
+
+    def _data(self, datastore: Datastore, targets: Targets, memory: Memory) -> TrainingData:
+        vocab_size = self._prepared.backbone.reference.vocab_size
+        return TrainingData(datastore, targets, memory, vocab_size)
+
+    def _after(self, earlier: str, *settings: object) -> str:
+        return stage_key(self._keys[earlier], *settings)
+
+    @contextmanager
+    def _stage(self, name: str, key: str) -> Iterator[tuple[Path, bool]]:
+        """The folder of a stage and whether it is finished; marks it so at the end."""
+        self._keys[name] = key
+        folder = self._work / name
+        done = enter_stage(folder, key)
+        started = time.perf_counter()
+        yield folder, done
+        if not done:
+            finish_stage(folder, key, time.perf_counter() - started)
 
 
 def _save(
@@ -465,7 +535,9 @@ def resolve_config(config: TrainConfig | None, options: dict[str, Any]) -> Train
             f"unknown setting(s) {', '.join(sorted(unknown))}; "
             f"allowed are {', '.join(asdict(config))}"
         )
-    return replace(config, **given, distill=replace(config.distill, seed=given.get("seed", config.seed)))
+    return replace(
+        config, **given, distill=replace(config.distill, seed=given.get("seed", config.seed))
+    )
 
 
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
@@ -505,17 +577,6 @@ def finished_run(out: Path, run: str) -> TrainReport | None:
         return None
     figures = {k: v for k, v in manifest.figures.items() if k != "distillation"}
     return TrainReport.from_dict({**figures, "out": str(out)})
-
-
-@contextmanager
-def stage(folder: Path, key: str) -> Iterator[tuple[Path, bool]]:
-    """One stage of the run: its folder, and whether it is finished; marks it so at the end."""
-    done = enter_stage(folder, key)
-    before = stage_seconds(folder)
-    started = time.perf_counter()
-    yield folder, done
-    seconds = before if done else time.perf_counter() - started
-    finish_stage(folder, key, seconds)
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def make_plan(
             rows * (2 * width + 12)  # keys and provenance
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
-            + 4 * parameters * 16  # checkpoints of both trainings, staged and final memory
+            + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=(
             RUNTIME_BYTES

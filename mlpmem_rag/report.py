@@ -128,8 +128,8 @@ def _measured(report: TrainReport) -> str:
         return "Nothing: the corpus is too small to hold a part of it out."
     kept = perplexity.kept_gain
     gain = "the teacher gained nothing" if kept is None else f"{kept:.0%} of the teacher's gain"
-    return f"""Perplexity of {perplexity.tokens:,} tokens held out by {report.held_out_by}, measured before the
-memory learned these as well; λ and temperature were chosen on others.
+    return f"""Perplexity of {perplexity.tokens:,} tokens held out by {report.held_out_by}, measured
+before the memory learned these as well; λ and temperature were chosen on others.
 
 | base model | base + kNN datastore (the teacher) | base + memory |
 |---|---|---|

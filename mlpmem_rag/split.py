@@ -10,6 +10,9 @@ import numpy.typing as npt
 MIN_DOCUMENTS = 10
 """With fewer documents, the last parts of each one are held out instead of whole documents."""
 
+MIN_HELD_OUT_ROWS = 16
+"""A choice made on fewer tokens would be chance; nothing is held out then."""
+
 MAX_HELD_OUT_ROWS = 50_000
 """Enough for a perplexity with a narrow interval; more only costs time."""
 
@@ -22,6 +25,13 @@ class Split:
     validation: npt.NDArray[np.int64]
     test: npt.NDArray[np.int64]
     by_document: bool
+
+    @property
+    def held_out_by(self) -> str | None:
+        """What was held out: whole documents or passages; None when nothing was."""
+        if not len(self.validation):
+            return None
+        return "document" if self.by_document else "passage"
 
     @property
     def num_rows(self) -> int:
@@ -41,12 +51,11 @@ def split_rows(documents: npt.NDArray[np.int32], *, held_out: float, seed: int) 
     wanted = min(int(held_out * num_rows), MAX_HELD_OUT_ROWS)
     part = np.zeros(num_rows, dtype=np.int8)
     by_document = len(np.unique(documents)) >= MIN_DOCUMENTS
-    if wanted > 0:
-        part = (
-            _whole_documents(documents, wanted, seed)
-            if by_document
-            else _tails(documents, wanted / num_rows)
-        )
+    if wanted >= MIN_HELD_OUT_ROWS:
+        part = _whole_documents(documents, wanted, seed)
+        by_document = by_document and {1, 2} <= set(part)
+        if not by_document:
+            part = _tails(documents, wanted / num_rows)
     train, validation, test = (np.flatnonzero(part == p) for p in range(3))
     return Split(train, validation, test, by_document)
 

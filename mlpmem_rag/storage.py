@@ -13,7 +13,7 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 
-def allocate_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def allocate_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """A writable memory-mapped `.npy` whose bytes are on the disk from the start.
 
     Without the reservation a full disk would end the process by signal at some later write.
@@ -21,7 +21,7 @@ def allocate_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> 
     Raises:
         OSError: the disk cannot hold it.
     """
-    array = open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    array: np.memmap[Any, Any] = open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -35,6 +35,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         write(beside)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
+        beside.chmod(0o644)  # safetensors writes files that only their owner may read
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

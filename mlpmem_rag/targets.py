@@ -85,15 +85,14 @@ def mean_distance(neighbors: Neighbors, nearest: int = 10) -> float:
     return float(finite.mean()) if finite.any() else 1.0
 
 
-def neighbor_weights(
-    distances: npt.NDArray[np.float32], tau: float
-) -> npt.NDArray[np.float32]:
+def neighbor_weights(distances: npt.NDArray[np.float32], tau: float) -> npt.NDArray[np.float32]:
     """Softmax of -d / tau over the neighbours. *Shape:* (R, K) -> (R, K)."""
     scaled = (distances - distances[:, :1]).astype(np.float64) / tau  # nearest first
     weights = np.exp(-scaled)
     weights[~np.isfinite(distances)] = 0.0
-    total = weights.sum(1, keepdims=True)
-    return (weights / np.maximum(total, np.finfo(np.float64).tiny)).astype(np.float32)
+    total = np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+    normalised: npt.NDArray[np.float32] = (weights / total).astype(np.float32)
+    return normalised
 
 
 def teacher_probability(

@@ -78,9 +78,7 @@ def make_windows(
     ]
 
 
-def _document_windows(
-    document: int, ids: TokenArray, length: int, stride: int
-) -> Iterator[Window]:
+def _document_windows(document: int, ids: TokenArray, length: int, stride: int) -> Iterator[Window]:
     predicted = 1  # the first token has nothing before it
     start = 0
     while predicted < len(ids):

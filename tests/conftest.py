@@ -34,8 +34,13 @@ from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.datastore import Datastore
 
-_HEADS = {"num_attention_heads": 4, "max_position_embeddings": 96}
-_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, **_HEADS}
+_HEADS: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 96}
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    **_HEADS,
+}
 FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": lambda **ids: LlamaConfig(num_key_value_heads=2, **_SIZES, **ids),
     "mistral": lambda **ids: MistralConfig(num_key_value_heads=2, **_SIZES, **ids),
@@ -123,9 +128,7 @@ def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def family_folder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model folder of each family; its name is the family's."""
     return save_model(tmp_path_factory.mktemp("models") / request.param, request.param)
 

@@ -34,13 +34,13 @@ def test_parts_are_disjoint_and_complete(sizes: list[int], held_out: float, seed
     assert all(np.all(np.diff(part) > 0) for part in parts)
     if split.by_document:
         train, validation, test = owners(split, documents)
-        assert not (train & validation or train & test or validation & test)
+        assert len(train) + len(validation) + len(test) == len(train | validation | test)
 
 
 def test_many_documents_are_held_out_whole() -> None:
     documents = rows_of([20] * 100)
     split = split_rows(documents, held_out=0.1, seed=3)
-    assert split.by_document
+    assert split.held_out_by == "document"
     assert [len(names) for names in owners(split, documents)] == [80, 10, 10]
 
 
@@ -53,17 +53,20 @@ def test_the_seed_decides() -> None:
 
 
 def test_of_few_documents_the_tails_are_held_out() -> None:
-    split = split_rows(rows_of([20, 40]), held_out=0.1, seed=0)
-    assert not split.by_document
-    assert split.validation.tolist() == [16, 17, *range(52, 56)]
-    assert split.test.tolist() == [18, 19, *range(56, 60)]
+    split = split_rows(rows_of([100, 200]), held_out=0.1, seed=0)
+    assert split.held_out_by == "passage"
+    assert split.validation.tolist() == [*range(80, 90), *range(260, 280)]
+    assert split.test.tolist() == [*range(90, 100), *range(280, 300)]
 
 
 @pytest.mark.parametrize("sizes", [[30, 30], [30] * 20])
-def test_nothing_held_out(sizes: list[int]) -> None:
-    split = split_rows(rows_of(sizes), held_out=0.0, seed=0)
+@pytest.mark.parametrize("held_out", [0.0, 0.02])
+def test_nothing_held_out(sizes: list[int], held_out: float) -> None:
+    """Either nothing was asked for, or too little to measure anything on."""
+    split = split_rows(rows_of(sizes), held_out=held_out, seed=0)
     assert len(split.train) == sum(sizes)
     assert split.validation.size == split.test.size == 0
+    assert split.held_out_by is None
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -76,10 +79,7 @@ def test_a_giant_document_is_never_held_out(seed: int) -> None:
     assert test
 
 
-@pytest.mark.xfail(
-    reason="documents larger than 2 x wanted are all skipped: ten equal ones leave nothing", strict=True
-)
-def test_ten_equal_documents_still_hold_something_out() -> None:
+def test_where_all_documents_are_too_large_the_tails_are_held_out() -> None:
     split = split_rows(rows_of([101] * 10), held_out=0.049, seed=0)
-    assert split.validation.size
-    assert split.test.size
+    assert split.held_out_by == "passage"
+    assert len(split.validation) == len(split.test) == 40

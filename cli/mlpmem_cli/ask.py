@@ -36,9 +36,7 @@ def ask(
 
     display.quiet_libraries()
     console = display.stderr()
-    model = MemoryModel.load(
-        memory, base_model=base_model, device=device.value, dtype=dtype.value
-    )
+    model = MemoryModel.load(memory, base_model=base_model, device=device.value, dtype=dtype.value)
     for question in asked:
         stream = model.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
         if len(asked) > 1 and not as_json:

@@ -26,9 +26,7 @@ def chat(
     from mlpmem_rag import MemoryModel
 
     display.quiet_libraries()
-    model = MemoryModel.load(
-        memory, base_model=base_model, device=device.value, dtype=dtype.value
-    )
+    model = MemoryModel.load(memory, base_model=base_model, device=device.value, dtype=dtype.value)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  line editing and history for input()

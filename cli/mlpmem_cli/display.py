@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 SHOWN_SKIPS = 10
 
 
+def stdout() -> Console:
+    """For results."""
+    return Console()
+
+
 def stderr() -> Console:
     """For progress, plans and remarks."""
     return Console(stderr=True)

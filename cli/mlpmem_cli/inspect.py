@@ -35,7 +35,7 @@ def inspect(memory: options.MemoryArgument, as_json: options.JsonOption = False)
             )
         )
     else:
-        display.Console().print(_table(manifest, settings, display.size(work_bytes)))
+        display.stdout().print(_table(manifest, settings, display.size(work_bytes)))
 
 
 def _table(manifest: Manifest, settings: MemorySettings, work_size: str) -> Table:
@@ -47,7 +47,9 @@ def _table(manifest: Manifest, settings: MemorySettings, work_size: str) -> Tabl
     table.add_row("base fingerprint", settings.base.weights[:16])
     table.add_row("layer", str(settings.layer))
     table.add_row("shape", _flat(asdict(settings.memory)))
-    table.add_row("λ, temperature", f"{settings.memory_lambda:.3f}, {settings.memory_temperature:g}")
+    table.add_row(
+        "λ, temperature", f"{settings.memory_lambda:.3f}, {settings.memory_temperature:g}"
+    )
     table.add_row("created", manifest.created)
     table.add_row("corpus", _flat(manifest.corpus))
     table.add_row("training", _flat(manifest.training))

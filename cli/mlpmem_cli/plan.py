@@ -49,5 +49,5 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asdict(needs)))
     else:
-        display.Console().print(display.plan_table(needs))
+        display.stdout().print(display.plan_table(needs))
     needs.check()

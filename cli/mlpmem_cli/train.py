@@ -75,5 +75,5 @@ def train(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))
     else:
-        display.Console().print(display.report_table(report))
+        display.stdout().print(display.report_table(report))
         typer.echo(f'Ask it: mlpmem-rag ask {out} "…"')

