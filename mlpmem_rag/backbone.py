@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -181,10 +182,30 @@ def load_backbone(
         tokenizer=tokenizer_fingerprint(tokenizer),
         vocab_size=model.get_output_embeddings().weight.shape[0],
     )
-    nn.Module.to(model, device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
+    nn.Module.to(model, device=torch_device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        # Not model.to(dtype): that would round the buffers too, rotary frequencies among them.
+        parameter.data = parameter.data.to(torch_dtype)
     backbone = Backbone(model, tokenizer, resolve_layer(layer, num_layers), reference)
-    _ = backbone.mlp  # refuse now rather than in the middle of the work
+    _check_causal(backbone)  # refuse now rather than in the middle of the work
     return backbone
+
+
+def _check_causal(backbone: Backbone) -> None:
+    """Refuse a model whose hidden states depend on what comes later.
+
+    Raises:
+        BaseModelError: they do, as in BERT or XLNet.
+    """
+    token_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=backbone.device)
+    token_ids %= backbone.reference.vocab_size
+    first, second = backbone.hidden(token_ids, torch.ones_like(token_ids)).float()
+    *before, last = (first - second).abs().amax(-1)  # only the last token differs
+    if max(before) > 1e-3 * last:
+        raise BaseModelError(
+            f"base model {backbone.reference.name!r} ({backbone.model.config.model_type}) looks "
+            "ahead; a decoder-only causal language model is needed"
+        )
 
 
 def _load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -197,20 +218,28 @@ def _load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedT
                 "a decoder-only causal language model is needed"
             )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             revision=revision,
             dtype="auto",
             trust_remote_code=False,
             use_safetensors=True,  # nothing is unpickled
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"base model {name!r} cannot be loaded ({_first_line(error)}); give a hub id, "
             "a local folder with config.json, tokenizer and safetensors, or the embedded "
             "'smollm2-135m-instruct'"
         ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise BaseModelError(
+            f"base model {name!r} is incomplete: {len(missing)} weights are missing, the first is "
+            f"{missing[0]}; get its files again"
+        )
     return model, tokenizer
 
 

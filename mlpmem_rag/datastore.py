@@ -7,6 +7,7 @@ written in any order and an interrupted build goes on after its last finished ba
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlpmem_rag.backbone import Backbone
-from mlpmem_rag.errors import ArtifactError, BaseModelError
+from mlpmem_rag.errors import ArtifactError, BaseModelError, CorpusError
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.storage import allocate_array, write_json
 from mlpmem_rag.windows import Window
@@ -96,13 +97,21 @@ def build_datastore(
 
     Raises:
         BaseModelError: a hidden state does not fit into float16.
+        CorpusError: there are no windows.
     """
+    if not windows:
+        raise CorpusError("no document has two tokens or more; give documents with text")
     folder.mkdir(parents=True, exist_ok=True)
     batches = list(length_buckets(windows))
     first_rows = np.concatenate([[0], np.cumsum([w.num_rows for w in windows])])
     rows = int(first_rows[-1])
     state = read_state(folder)
-    expected = {"rows": rows, "key_size": backbone.hidden_size, "batches": len(batches)}
+    expected = {
+        "rows": rows,
+        "key_size": backbone.hidden_size,
+        "batches": len(batches),
+        "content": _fingerprint(backbone, windows),
+    }
     if state is None or any(state.get(key) != value for key, value in expected.items()):
         state = {**expected, "batches_done": 0}
         _allocate(folder, windows, rows, backbone.hidden_size)
@@ -124,6 +133,17 @@ def build_datastore(
         on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
     _write_state(folder, {**state, "batches_done": len(batches)}, shards)
     return Datastore.open(folder)
+
+
+def _fingerprint(backbone: Backbone, windows: Sequence[Window]) -> str:
+    """What decides the keys: base model, layer, number format, and every window."""
+    digest = hashlib.sha256(
+        f"{backbone.reference} {backbone.layer} {backbone.model.dtype}".encode()
+    )
+    for window in windows:
+        digest.update(f"{window.document} {window.start} {window.context} ".encode())
+        digest.update(window.token_ids.tobytes())
+    return digest.hexdigest()
 
 
 def length_buckets(

@@ -64,8 +64,15 @@ class DistillConfig:
         """
         if not 0.0 <= self.alpha <= 1.0:
             raise ConfigError(f"alpha = {self.alpha}: allowed are 0 (only CE) to 1 (only KL)")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ConfigError("learning rate and clipping norm must be above 0")
+        if not (self.learning_rate > 0 and self.clip > 0):
+            raise ConfigError(
+                f"learning rate {self.learning_rate} and clipping norm {self.clip}: "
+                "allowed are numbers above 0"
+            )
+        if not 0.0 <= self.warmup < 1.0:
+            raise ConfigError(f"warm-up share {self.warmup}: allowed are 0 up to 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed}: allowed are 0 and above")
         if min(self.epochs, self.batch_rows, self.patience) < 1:
             raise ConfigError("epochs, batch rows and patience must be at least 1")
 
@@ -166,7 +173,7 @@ def distill(
     optimizer = torch.optim.AdamW(memory.parameters(), weight_decay=0.0, fused=True)
     last_epoch = min(stop_epoch or config.epochs, config.epochs)
     report = DistillReport()
-    epoch = _resume(folder, memory, optimizer, report)
+    epoch = _resume(folder, memory, optimizer, report, last_epoch, config.patience)
     total = last_epoch * len(train_rows)
     on_progress(ProgressEvent(stage, epoch * len(train_rows), total, "rows"))
     while epoch < last_epoch and epoch - report.best_epoch < config.patience:
@@ -181,8 +188,8 @@ def distill(
         report.rows_per_second = len(train_rows) / (time.perf_counter() - started)
         if validation is not None:
             report.validation_losses.append(validation_loss(memory, data, validation))
-        validated = report.validation_losses
-        if validation is None or validated[-1] == min(validated):
+        *earlier, last = report.validation_losses or [0.0]
+        if validation is None or all(last < loss for loss in earlier):
             report.best_epoch = epoch
         report.seconds += time.perf_counter() - started
         _checkpoint(folder, memory, optimizer, report, epoch)
@@ -303,15 +310,22 @@ def _resume(
     memory: Memory,
     optimizer: torch.optim.AdamW,
     report: DistillReport,
+    last_epoch: int,
+    patience: int,
 ) -> int:
+    """Continue from the last checkpoint; the number of epochs that are done."""
     path = folder / "state.json"
     if not path.is_file():
         return 0
     state = json.loads(path.read_text())
+    epoch = int(state["epoch"])
+    ended = epoch >= last_epoch or epoch - state["best_epoch"] >= patience
+    if not ended and not (folder / state["file"]).is_file():
+        return 0  # a shorter training had ended here and kept only its best weights
     for name in asdict(report):
         setattr(report, name, state[name])
-    if not (folder / state["file"]).is_file():  # training had ended
-        return int(state["epoch"])
+    if ended:
+        return epoch
     tensors = load_file(folder / state["file"])
     weights = "weights."
     memory.load_state_dict(
@@ -319,7 +333,7 @@ def _resume(
     )
     for name, parameter in memory.named_parameters():
         optimizer.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+            key: tensors[f"{key}.{name}"].to(parameter.device)
             for key in ("step", "exp_avg", "exp_avg_sq")
         }
-    return int(state["epoch"])
+    return epoch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from mlpmem_rag.errors import ConfigError
@@ -18,7 +20,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in DEVICES:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"device {device!r} is not known; choose one of {', '.join(DEVICES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(

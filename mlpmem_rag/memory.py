@@ -159,7 +159,8 @@ def new_memory(
     memory.corpus_tokens.copy_(corpus_tokens)
     with torch.no_grad():
         for block in memory.blocks():
-            block.mlp.down_proj.weight.zero_()
+            for parameter in block.mlp.down_proj.parameters():
+                parameter.zero_()
         if head is not None and head.shape == memory.lm_head.weight.shape:
             memory.lm_head.weight.copy_(head)
     return memory

@@ -23,6 +23,8 @@ from mlpmem_rag.storage import allocate_array
 MAX_NEIGHBORS = 1024
 FLAT_MAX_ROWS = 250_000
 QUERY_BATCH = 1024
+MAX_CANDIDATES = 2048
+"""As many as FAISS returns on a GPU."""
 RERANK_FACTOR = 4
 """IVF-PQ proposes this many candidates for each neighbour kept."""
 
@@ -98,16 +100,18 @@ def find_neighbors(
     ids = allocate_array(folder / "ids.npy", np.int32, shape)
     distances = allocate_array(folder / "distances.npy", np.float32, shape)
     exact = len(database) <= flat_max_rows
-    index = flat_index(datastore, database) if exact else ivfpq_index(datastore, database)
+    centre = key_centre(datastore, database)
+    index = (flat_index if exact else ivfpq_index)(datastore, database, centre)
     on_progress(ProgressEvent("neighbors", 0, datastore.num_rows, "rows"))
     for first in range(0, datastore.num_rows, QUERY_BATCH):
         rows = np.arange(first, min(first + QUERY_BATCH, datastore.num_rows))
         queries = datastore.keys(rows)
         if exact:
-            found_distances, found = index.search(queries, k + 1)
+            found_distances, found = index.search(queries - centre, k + 1)
             found = np.where(found >= 0, database[found], -1)
         else:
-            _, candidates = index.search(queries, RERANK_FACTOR * (k + 1))
+            wanted = min(RERANK_FACTOR * (k + 1), MAX_CANDIDATES)
+            _, candidates = index.search(queries - centre, wanted)
             candidates = np.where(candidates >= 0, database[candidates], -1)
             found, found_distances = rerank(datastore, queries, candidates)
         ids[rows], distances[rows] = drop_self(rows, found, found_distances, k)
@@ -117,16 +121,27 @@ def find_neighbors(
     return Neighbors.open(folder)
 
 
-def flat_index(datastore: Datastore, database: Rows) -> Any:  # noqa: ANN401
+def key_centre(datastore: Datastore, database: Rows) -> npt.NDArray[np.float32]:
+    """Mean of the keys (of a sample of them). *Shape:* (D,).
+
+    Taken off before the search: it changes no distance, but FAISS computes them as differences
+    of large products, and an offset common to all keys would cost float32 its digits.
+    """
+    step = max(1, len(database) // 65_536)
+    mean: npt.NDArray[np.float32] = datastore.keys(database[::step]).mean(0)
+    return mean
+
+
+def flat_index(datastore: Datastore, database: Rows, centre: npt.NDArray[np.float32]) -> Any:  # noqa: ANN401
     """An exact index over the given rows, on the GPU where FAISS has one."""
     faiss = import_faiss()
     index = on_gpu(faiss.IndexFlatL2(datastore.key_size))
     for rows in _batches(database):
-        index.add(datastore.keys(rows))
+        index.add(datastore.keys(rows) - centre)
     return index
 
 
-def ivfpq_index(datastore: Datastore, database: Rows) -> Any:  # noqa: ANN401
+def ivfpq_index(datastore: Datastore, database: Rows, centre: npt.NDArray[np.float32]) -> Any:  # noqa: ANN401
     """An inverted-file, product-quantised index: 4·√N lists, at most 64 bytes a row.
 
     The paper's figures (4096 lists, 32 probed, 64 bytes) are what this gives at a million rows.
@@ -142,9 +157,9 @@ def ivfpq_index(datastore: Datastore, database: Rows) -> Any:  # noqa: ANN401
         database, size=min(len(database), max(64 * lists, 65_536)), replace=False
     )
     index = on_gpu(index)
-    index.train(datastore.keys(np.sort(sample)))
+    index.train(datastore.keys(np.sort(sample)) - centre)
     for rows in _batches(database):
-        index.add(datastore.keys(rows))
+        index.add(datastore.keys(rows) - centre)
     return index
 
 
@@ -153,7 +168,10 @@ def on_gpu(index: Any) -> Any:  # noqa: ANN401
     faiss = import_faiss()
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         return index
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    options = faiss.GpuClonerOptions()
+    # Look-up tables of 64 sub-quantisers fit into shared memory only in half precision.
+    options.useFloat16 = isinstance(index, faiss.IndexIVFPQ)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
 
 
 def rerank(

@@ -112,8 +112,6 @@ class TrainConfig:
             raise ConfigError(f"recipe {self.recipe!r} is not known; choose {', '.join(RECIPES)}")
         if self.size not in SIZES:
             raise ConfigError(f"size {self.size!r} is not known; choose {', '.join(SIZES)}")
-        if not 0 <= self.held_out <= 0.25:
-            raise ConfigError(f"held_out = {self.held_out}: allowed are 0 (none) to 0.25")
         if self.tau is not None and not self.tau > 0:
             raise ConfigError(f"tau = {self.tau}: allowed is a number above 0")
         if not 1 <= self.neighbors <= MAX_NEIGHBORS:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mlpmem_rag.errors import ConfigError
+
 MIN_DOCUMENTS = 10
 """With fewer documents, the last parts of each one are held out instead of whole documents."""
 
@@ -46,7 +48,12 @@ def split_rows(documents: npt.NDArray[np.int32], *, held_out: float, seed: int) 
         documents: document index of each row. *Shape:* (N,).
         held_out: share of rows in each of the two held-out parts, 0 for none.
         seed: decides which documents are held out.
+
+    Raises:
+        ConfigError: the share is outside 0..0.25.
     """
+    if not 0.0 <= held_out <= 0.25:
+        raise ConfigError(f"held_out = {held_out}: allowed are 0 (none) to 0.25")
     num_rows = len(documents)
     wanted = min(int(held_out * num_rows), MAX_HELD_OUT_ROWS)
     part = np.zeros(num_rows, dtype=np.int8)

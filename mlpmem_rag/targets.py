@@ -87,9 +87,10 @@ def mean_distance(neighbors: Neighbors, nearest: int = 10) -> float:
 
 def neighbor_weights(distances: npt.NDArray[np.float32], tau: float) -> npt.NDArray[np.float32]:
     """Softmax of -d / tau over the neighbours. *Shape:* (R, K) -> (R, K)."""
-    scaled = (distances - distances[:, :1]).astype(np.float64) / tau  # nearest first
-    weights = np.exp(-scaled)
-    weights[~np.isfinite(distances)] = 0.0
+    there = np.isfinite(distances)
+    nearest = np.where(there[:, :1], distances[:, :1], 0.0)  # taken off, so that exp stays in range
+    weights = np.exp((nearest - distances.astype(np.float64)) / tau)
+    weights[~there] = 0.0
     total = np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float64).tiny)
     normalised: npt.NDArray[np.float32] = (weights / total).astype(np.float32)
     return normalised

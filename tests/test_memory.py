@@ -112,7 +112,6 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(kind: str) -> None:
         "gated",
         pytest.param(
             "plain",
-            marks=pytest.mark.xfail(reason="down_proj.bias is not zero at the start"),
         ),
     ],
 )

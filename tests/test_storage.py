@@ -13,7 +13,9 @@ import pytest
 from mlpmem_rag.storage import allocate_array, folder_bytes, replace_file, write_json
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("float16", (1000, 7)), ("int32", (5,)), ("f8", (0,))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float16", (1000, 7)), ("int32", (5,)), ("f8", (0,))]
+)
 def test_an_allocated_array_is_an_npy_file(
     tmp_path: Path, dtype: str, shape: tuple[int, ...]
 ) -> None:
@@ -22,7 +24,7 @@ def test_an_allocated_array_is_an_npy_file(
     array = allocate_array(path, dtype, shape)
     assert not array.any()
     array[...] = values
-    array.flush()  # type: ignore[attr-defined]
+    del array
     found = np.load(path)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, values)

@@ -1,0 +1,361 @@
+"""Asking: the same text as transformers gives, with true figures, from any number of threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.model import attach_memory
+
+CONTEXT = 96
+QUESTION = "What was found in the old mill?"
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who found the map?"},
+    {"role": "assistant", "content": "Ines Maro."},
+    {"role": "user", "content": "Where? "},
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def memory_on(folder: Path, corpus_tokens: torch.Tensor) -> MemoryModel:
+    """The base model of a folder with a random memory."""
+    backbone = load_backbone(str(folder), device="cpu", dtype="float32")
+    config = MemoryConfig(32, 24, 1, "silu", gated=True, vocab_size=len(corpus_tokens))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        memory = Memory(config)
+    memory.corpus_tokens = corpus_tokens
+    settings = MemorySettings(backbone.reference, backbone.layer, config, 0.3, 0.2)
+    return MemoryModel(attach_memory(backbone, memory, settings), backbone.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def memory(tiny_folder: Path) -> MemoryModel:
+    """A memory whose tokenizer has no chat template."""
+    return memory_on(tiny_folder, torch.arange(259, 300))
+
+
+@pytest.fixture(scope="module")
+def bare(bare_folder: Path) -> MemoryModel:
+    """A memory whose tokenizer has no special tokens at all."""
+    return memory_on(bare_folder, torch.arange(259, 300))
+
+
+@pytest.fixture(scope="module")
+def chatty(memory: MemoryModel) -> MemoryModel:
+    """A memory whose tokenizer has a chat template."""
+    tokenizer = copy.deepcopy(memory.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return MemoryModel(memory.model, tokenizer)
+
+
+def expected(
+    memory: MemoryModel, prompt: str, count: int, lambda_: float | None = None
+) -> tuple[str, int]:
+    """Text and number of tokens that transformers' own generate gives."""
+    ids = torch.tensor([encode(memory, prompt)[-(CONTEXT - count) :]])
+    model: Any = memory.model
+    templated = bool(memory.tokenizer.chat_template)
+    stop = {} if templated else {"stop_strings": ["\n"], "tokenizer": memory.tokenizer}
+    tokens = model.generate(
+        inputs=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        memory_lambda=lambda_,
+        **stop,
+    )[0, ids.shape[1] :]
+    return decode(memory, tokens.tolist()).strip(), len(tokens)
+
+
+def encode(memory: MemoryModel, prompt: str) -> list[int]:
+    """A template writes the special tokens itself."""
+    templated = bool(memory.tokenizer.chat_template)
+    return list(memory.tokenizer(prompt, add_special_tokens=not templated)["input_ids"])
+
+
+def decode(memory: MemoryModel, tokens: list[int]) -> str:
+    return str(memory.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def generating() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "mlpmem-generate"]
+
+
+@pytest.fixture
+def on_forward(
+    memory: MemoryModel,
+) -> Iterator[Callable[[Callable[[int], object]], None]]:
+    """Has a function called before each forward pass of the base, with the pass's number."""
+    handles = []
+
+    def register(call: Callable[[int], object]) -> None:
+        count = 0
+
+        def hook(*_: object) -> None:
+            nonlocal count
+            count += 1
+            call(count)
+
+        handles.append(memory.model.base.register_forward_pre_hook(hook))
+
+    yield register
+    for handle in handles:
+        handle.remove()
+
+
+# The text.
+
+
+@pytest.mark.parametrize("lambda_", [None, 0.0, 1.0])
+def test_an_answer_is_what_generate_gives(memory: MemoryModel, lambda_: float | None) -> None:
+    text, count = expected(memory, f"Question: {QUESTION}\nAnswer:", 24, lambda_)
+    answer = memory.answer(QUESTION, max_new_tokens=24, lambda_=lambda_)
+    assert text
+    assert (answer.text, answer.new_tokens) == (text, count)
+
+
+def test_the_memory_has_a_say(memory: MemoryModel) -> None:
+    assert (
+        len({memory.answer(QUESTION, max_new_tokens=24, lambda_=x).text for x in (0.0, 0.3, 1.0)})
+        > 1
+    )
+
+
+def test_a_stream_is_the_answer_in_pieces(memory: MemoryModel) -> None:
+    stream = memory.stream(QUESTION, max_new_tokens=24)
+    pieces = list(stream)
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces).strip() == stream.answer.text
+    assert stream.answer.text == memory.answer(QUESTION, max_new_tokens=24).text
+    assert list(stream) == []
+
+
+def test_the_chat_template_makes_the_prompt(chatty: MemoryModel) -> None:
+    prompt = f"<user> {QUESTION}\n<assistant>"
+    text, count = expected(chatty, prompt, 30)
+    answer = chatty.answer(QUESTION, max_new_tokens=30)
+    assert (answer.text, answer.new_tokens) == (text, count)
+    assert answer.prompt_tokens == len(encode(chatty, prompt))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        (
+            "memory",
+            "Context: Be brief.\nQuestion: Who found the map?\nAnswer: Ines Maro.\n"
+            "Question: Where?\nAnswer:",
+        ),
+        (
+            "chatty",
+            "<system> Be brief.\n<user> Who found the map?\n<assistant> Ines Maro.\n"
+            "<user> Where? \n<assistant>",
+        ),
+    ],
+)
+def test_a_conversation_is_continued(
+    request: pytest.FixtureRequest, name: str, prompt: str
+) -> None:
+    memory: MemoryModel = request.getfixturevalue(name)
+    text, _ = expected(memory, prompt, 10)
+    assert memory.answer(TALK, max_new_tokens=10).text == text
+
+
+def test_without_a_template_the_answer_ends_with_its_line(tiny_folder: Path) -> None:
+    tokenizer = load_backbone(str(tiny_folder)).tokenizer
+    newline = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1:]
+    memory = memory_on(tiny_folder, torch.tensor(newline))
+    answer = memory.answer(QUESTION, max_new_tokens=8, lambda_=1.0)
+    assert (answer.text, answer.new_tokens) == ("", 1)
+
+
+def test_a_tokenizer_without_special_tokens_will_do(bare: MemoryModel) -> None:
+    assert bare.tokenizer.bos_token is bare.tokenizer.eos_token is None
+    answer = bare.answer(QUESTION, max_new_tokens=9)
+    ids = encode(bare, f"Question: {QUESTION}\nAnswer:")
+    assert answer.prompt_tokens == len(ids)
+    for _ in range(answer.new_tokens):
+        ids.append(int(bare.log_probs(ids)[-1].argmax()))
+    new = decode(bare, ids[answer.prompt_tokens :])
+    assert answer.text == new.strip()
+    assert answer.new_tokens == 9 or new.endswith("\n")
+
+
+def test_a_question_too_long_loses_its_beginning(memory: MemoryModel) -> None:
+    long = " ".join(f"{n}?" for n in range(100))
+    text, count = expected(memory, f"Question: {long}\nAnswer:", 20)
+    answer = memory.answer(long, max_new_tokens=20)
+    assert answer.prompt_tokens == CONTEXT - 20
+    assert (answer.text, answer.new_tokens) == (text, count)
+
+
+# The figures.
+
+
+def test_figures_of_an_answer(memory: MemoryModel) -> None:
+    answer = memory.answer(QUESTION, max_new_tokens=24)
+    prompt = f"Question: {QUESTION}\nAnswer:"
+    assert answer.prompt_tokens == len(encode(memory, prompt))
+    assert 0 < answer.ttft_seconds <= answer.seconds
+    assert memory.answer(QUESTION, max_new_tokens=1).new_tokens == 1
+
+
+def test_the_end_of_text_counts_as_a_token(
+    chatty: MemoryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = chatty.answer(QUESTION, max_new_tokens=12)
+    ids = encode(chatty, f"<user> {QUESTION}\n<assistant>")
+    tokens: list[int] = []
+    for _ in range(4):
+        tokens.append(int(chatty.log_probs(ids + tokens)[-1].argmax()))
+    ends = tokens[3]
+    monkeypatch.setattr(chatty.model.generation_config, "eos_token_id", [ends, 299])
+    answer = chatty.answer(QUESTION, max_new_tokens=12)
+    assert answer.new_tokens == tokens.index(ends) + 1 < free.new_tokens
+    assert free.text.startswith(answer.text)
+
+
+def test_the_times_are_those_of_the_first_and_the_last_token(
+    memory: MemoryModel, on_forward: Callable[[Callable[[int], object]], None]
+) -> None:
+    on_forward(lambda number: time.sleep(0.2 if number in (1, 3) else 0))
+    answer = memory.answer(QUESTION, max_new_tokens=4)
+    assert answer.ttft_seconds >= 0.2
+    assert answer.seconds >= answer.ttft_seconds + 0.2
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["", " \n", [], [{"role": "user", "content": "  "}], [*TALK[:3], TALK[3] | {"content": ""}]],
+)
+def test_an_empty_question_is_refused(
+    memory: MemoryModel, question: str | list[dict[str, str]]
+) -> None:
+    with pytest.raises(ConfigError, match="the question is empty"):
+        memory.answer(question)
+
+
+@pytest.mark.parametrize("count", [0, -3, CONTEXT, CONTEXT + 1])
+def test_as_many_tokens_cannot_be_asked_for(memory: MemoryModel, count: int) -> None:
+    with pytest.raises(ConfigError, match=rf"max_new_tokens = {count}: .*allowed"):
+        memory.stream(QUESTION, max_new_tokens=count)
+
+
+def test_one_token_of_the_question_may_be_left(memory: MemoryModel) -> None:
+    answer = memory.answer(QUESTION, max_new_tokens=CONTEXT - 1, lambda_=0.0)
+    assert answer.prompt_tokens == 1
+
+
+@pytest.mark.parametrize("lambda_", [-0.1, 1.1, float("nan")])
+def test_a_weight_outside_is_refused_before_the_work(memory: MemoryModel, lambda_: float) -> None:
+    with pytest.raises(ConfigError, match="lambda"):
+        memory.stream(QUESTION, lambda_=lambda_)
+    assert not generating()
+
+
+@pytest.mark.parametrize("fails_at", [1, 6])
+def test_an_error_inside_reaches_the_one_who_asked(
+    memory: MemoryModel,
+    on_forward: Callable[[Callable[[int], object]], None],
+    fails_at: int,
+) -> None:
+    def fail(number: int) -> None:
+        if number == fails_at:
+            raise RuntimeError("the device is gone")
+
+    on_forward(fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        memory.answer(QUESTION, max_new_tokens=20)
+    assert not generating()
+
+
+# Threads.
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(reason="the generation ends only with the AnswerStream itself"),
+        ),
+    ],
+)
+def test_leaving_a_stream_early_stops_the_generation(
+    memory: MemoryModel,
+    on_forward: Callable[[Callable[[int], object]], None],
+    kept: bool,
+) -> None:
+    passes: list[int] = []
+
+    def slowly(number: int) -> None:
+        passes.append(number)
+        time.sleep(0.01)
+
+    on_forward(slowly)
+    count = CONTEXT - 40
+    stream = memory.stream(QUESTION, max_new_tokens=count)
+    pieces = iter(stream)
+    assert any(next(pieces) for _ in range(count))
+    if not kept:
+        del stream
+    del pieces
+    left = generating()
+    for thread in left:
+        thread.join()
+    assert len(passes) < count
+    assert not left
+
+
+def test_two_threads_get_what_each_gets_alone(memory: MemoryModel) -> None:
+    questions = [QUESTION, "Who?", "Why was the ledger of 1887 left there?", "Nobody asked."] * 3
+
+    def ask(number: int) -> str:
+        lambda_ = number % 3 / 2
+        return memory.answer(questions[number], max_new_tokens=12, lambda_=lambda_).text
+
+    alone = [ask(number) for number in range(len(questions))]
+    assert len(set(alone)) > 4
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(ask, range(len(questions)))) == alone
+
+
+# Log-probabilities.
+
+
+@pytest.mark.parametrize("lambda_", [None, 0.0, 1.0])
+def test_log_probs_are_the_normalised_logits(memory: MemoryModel, lambda_: float | None) -> None:
+    ids = [0, 40, 81, 122, 163]
+    found = memory.log_probs(ids, lambda_=lambda_)
+    assert found.shape == (5, 300)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(5))
+    with torch.no_grad():
+        model: Any = memory.model if lambda_ is None else memory.model.base
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+    if lambda_ == 1.0:
+        assert torch.all(found[:, :259] == -torch.inf)
+    else:
+        torch.testing.assert_close(found, logits.log_softmax(-1))

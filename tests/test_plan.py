@@ -1,0 +1,126 @@
+"""The plan: exact counts, and a refusal with the numbers before any work."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.errors import ResourceError
+from mlpmem_rag.pipeline import plan_training
+from mlpmem_rag.plan import Plan, make_plan
+from mlpmem_rag.windows import TokenArray, make_windows
+
+LENGTH, STRIDE = 40, 25
+Make = Callable[..., Plan]
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def token_ids(tiny_backbone: Backbone, tiny_documents: list[Document]) -> list[list[int]]:
+    """Of sixteen documents."""
+    return [tiny_backbone.tokenizer(document.text)["input_ids"] for document in tiny_documents]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_backbone: Backbone, token_ids: list[list[int]]) -> Make:
+    """Plans a run over these documents."""
+    windows = make_windows(_arrays(token_ids), length=LENGTH, stride=STRIDE)
+
+    def plan(*, k: int = 8, held_out: float = 0.1, size: str = "base") -> Plan:
+        distill = DistillConfig(epochs=2, batch_rows=32)
+        return make_plan(
+            tiny_backbone, windows, Path(), size=size, k=k, held_out=held_out, distill=distill
+        )
+
+    return plan
+
+
+@pytest.fixture(scope="module")
+def plan(make: Make) -> Plan:
+    """With the settings most tests need."""
+    return make()
+
+
+def _arrays(token_ids: list[list[int]]) -> list[TokenArray]:
+    return [np.array(ids, dtype=np.int32) for ids in token_ids]
+
+
+def test_counts_are_those_of_a_walk_over_the_documents(
+    plan: Plan, token_ids: list[list[int]]
+) -> None:
+    computed = 0
+    for ids in token_ids:
+        start = reached = 0
+        while reached < len(ids):
+            reached = min(start + LENGTH, len(ids))
+            computed += reached - start
+            start += STRIDE
+    assert plan.documents == len(token_ids)
+    assert plan.tokens == sum(map(len, token_ids))
+    assert plan.computed_tokens == computed
+    assert plan.rows == sum(len(ids) - 1 for ids in token_ids)
+    assert plan.vocabulary == len({token for ids in token_ids for token in ids[1:]})
+
+
+def test_the_memory_is_counted_by_hand(plan: Plan, make: Make) -> None:
+    block = 3 * 32 * 48 + 32  # gate, up, down, norm
+    head = 32 * plan.vocabulary + 32
+    assert plan.memory_parameters == head + block
+    assert make(size="large").memory_parameters == head + block, "a quarter of four layers is one"
+
+
+def test_no_more_neighbours_than_rows_are_planned_for(plan: Plan, make: Make) -> None:
+    assert make(k=10_000).disk_bytes == make(k=plan.rows - 1).disk_bytes > plan.disk_bytes
+    assert make(k=9).disk_bytes - plan.disk_bytes == plan.rows * (4 + 4 + 4 + 2)
+
+
+def test_every_stage_has_a_time(plan: Plan, make: Make) -> None:
+    assert list(plan.seconds) == ["datastore", "neighbors", "targets", "base scores", "distil"]
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in plan.seconds.values())
+    assert make(held_out=0.0).seconds["base scores"] == 0
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_numbers(plan: Plan) -> None:
+    replace(plan, disk_bytes=3 << 29, free_disk_bytes=3 << 29).check()
+    with pytest.raises(ResourceError, match=r"needs 1\.50 GiB .*, 1\.25 GiB are free; free some"):
+        replace(plan, disk_bytes=3 << 29, free_disk_bytes=5 << 28).check()
+
+
+def test_planning_writes_nothing_and_asks_the_disk_of_out(
+    tmp_path: Path,
+    tiny_folder: Path,
+    tiny_documents: list[Document],
+    monkeypatch: pytest.MonkeyPatch,
+    plan: Plan,
+) -> None:
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> Usage:
+        asked.append(path)
+        return Usage(100, 58, 42)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    corpus = Corpus(tuple(tiny_documents))
+    found, read = plan_training(
+        corpus,
+        out=tmp_path / "not" / "yet",
+        base_model=str(tiny_folder),
+        device="cpu",
+        dtype="float32",
+        neighbors=8,
+    )
+    assert read is corpus
+    assert asked == [tmp_path]
+    assert found.free_disk_bytes == 42
+    assert (found.rows, found.disk_bytes) == (plan.rows, plan.disk_bytes)
+    assert list(tmp_path.iterdir()) == []
