@@ -121,7 +121,7 @@ def load_settings(folder: Path) -> MemorySettings:
         raise ArtifactError(
             f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}); train again"
         ) from error
-    if not 0 <= settings.memory_lambda <= 1 or not settings.memory_temperature > 0:
+    if not 0 <= settings.memory_lambda <= 1 or not 0 < settings.memory_temperature < math.inf:
         raise ArtifactError(
             f"{folder / CONFIG} has lambda {settings.memory_lambda} (allowed 0 to 1) and "
             f"temperature {settings.memory_temperature} (allowed above 0); train again"
@@ -143,9 +143,12 @@ def load_manifest(folder: Path) -> Manifest:
             f"{FORMAT_VERSION}; update mlpmem-rag or train again"
         )
     try:
-        return Manifest(**content)
+        manifest = Manifest(**content)
     except TypeError as error:
         raise ArtifactError(f"{folder / MANIFEST} is damaged ({error}); train again") from error
+    if not isinstance(manifest.files, dict):
+        raise ArtifactError(f"{folder / MANIFEST} is damaged (files: no object); train again")
+    return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
@@ -178,8 +181,14 @@ def load_memory(folder: Path, config: MemoryConfig) -> Memory:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train again") from error
-    with torch.device("meta"):
-        memory = Memory(config)
+    try:
+        with torch.device("meta"):
+            memory = Memory(config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder / CONFIG} describes a memory that cannot be built "
+            f"({type(error).__name__}: {error}); train again"
+        ) from error
     for name, expected in memory.state_dict().items():
         found = tensors.get(name)
         if found is None or found.shape != expected.shape:

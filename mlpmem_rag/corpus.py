@@ -92,6 +92,7 @@ def read_corpus(
     *,
     max_file_bytes: int = 64 * 2**20,
     strict: bool = False,
+    exclude: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Corpus:
     """Read every supported text below a path.
@@ -103,6 +104,7 @@ def read_corpus(
             stands for any number of folders.
         max_file_bytes: Larger files are skipped.
         strict: Whether a skipped file or row is an error.
+        exclude: A folder below `source` that isn't read: where the memory is written to, say.
         on_progress: Called after every file, with stage "corpus".
 
     Returns:
@@ -116,6 +118,8 @@ def read_corpus(
     # Unlike Path.expanduser, this leaves a name such as "~$draft.docx" alone.
     named = Path(os.path.expanduser(source))
     root, paths = _find_files(named, str(source))
+    if exclude is not None and exclude.exists():
+        paths = [p for p in paths if not p.absolute().is_relative_to(exclude.absolute())]
     entries: list[_Entry] = []
     for done, path in enumerate(paths, start=1):
         # A link that the caller names is followed; one found on the way isn't: it may lead out of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,19 @@ class Answer:
 class AnswerStream:
     """Iterates over pieces of text; `answer` is there when the iteration has ended."""
 
-    def __init__(self, pieces: Iterator[str], clock: _Clock) -> None:
+    def __init__(self, pieces: Generator[str, None, None], clock: _Clock) -> None:
         self._pieces = pieces
         self._clock = clock
         self._text: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         """Yield pieces as they are generated."""
-        for piece in self._pieces:
-            self._text.append(piece)
-            yield piece
+        try:
+            for piece in self._pieces:
+                self._text.append(piece)
+                yield piece
+        finally:
+            self._pieces.close()  # a consumer that leaves the loop ends the generation
 
     @property
     def answer(self) -> Answer:
@@ -165,7 +168,7 @@ class MemoryModel:
 
     def _generate(
         self, token_ids: Tensor, max_new_tokens: int, lambda_: float | None, clock: _Clock
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         streamer = _TimedStreamer(self.tokenizer, clock)
         cancelled = threading.Event()
         failure: list[BaseException] = []

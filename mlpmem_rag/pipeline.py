@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 from mlpmem_rag.artifact import (
     FORMAT_VERSION,
     MANIFEST,
-    WEIGHTS,
     WORK,
     Manifest,
     MemorySettings,
@@ -56,13 +55,15 @@ from mlpmem_rag.neighbors import MAX_NEIGHBORS, Neighbors, find_neighbors, impor
 from mlpmem_rag.plan import Plan, make_plan
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.report import TrainReport, model_card
-from mlpmem_rag.split import Split, split_rows
+from mlpmem_rag.split import Split, check_held_out, split_rows
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
 from mlpmem_rag.storage import folder_bytes
-from mlpmem_rag.targets import Targets, build_targets, derive_tau, teacher_probability
+from mlpmem_rag.targets import Targets, build_targets, check_tau, derive_tau, teacher_probability
 from mlpmem_rag.windows import TokenArray, Window, make_windows, tokenize
 
 RECIPES = ("paper",)
+STAGES = ("datastore", "neighbors", "targets", "base", "distil", "refit")
+LOCK = ".lock"
 MIN_ROWS = 128
 """Fewer tokens than this hold nothing that a distribution could be learned from."""
 DEFAULT_LAMBDA = 0.25
@@ -112,8 +113,9 @@ class TrainConfig:
             raise ConfigError(f"recipe {self.recipe!r} is not known; choose {', '.join(RECIPES)}")
         if self.size not in SIZES:
             raise ConfigError(f"size {self.size!r} is not known; choose {', '.join(SIZES)}")
-        if self.tau is not None and not self.tau > 0:
-            raise ConfigError(f"tau = {self.tau}: allowed is a number above 0")
+        check_held_out(self.held_out)
+        if self.tau is not None:
+            check_tau(self.tau)
         if not 1 <= self.neighbors <= MAX_NEIGHBORS:
             raise ConfigError(f"neighbors = {self.neighbors}: allowed are 1 to {MAX_NEIGHBORS}")
         if self.window < 16:
@@ -168,16 +170,15 @@ def train(
     import_faiss()  # refuse now rather than after the datastore
     out = Path(out)
     with output_folder(out) as work:
-        prepared = prepare(corpus, config, strict=strict, on_progress=on_progress)
+        prepared = prepare(corpus, config, strict=strict, exclude=out, on_progress=on_progress)
         backbone = prepared.backbone
         config = resolved(config, backbone)
         run = run_key(prepared, config)
         if not fresh and (done := finished_run(out, run)) is not None:
             return done
         if fresh:
-            for stage in work.iterdir():
-                if stage.is_dir():
-                    shutil.rmtree(stage)
+            for stage in STAGES:
+                shutil.rmtree(work / stage, ignore_errors=True)
         plan = make_plan(
             backbone,
             prepared.windows,
@@ -222,6 +223,7 @@ def prepare(
     config: TrainConfig,
     *,
     strict: bool = False,
+    exclude: Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Prepared:
     """Read the documents, load the base model, cut windows.
@@ -232,7 +234,7 @@ def prepare(
     corpus = (
         source
         if isinstance(source, Corpus)
-        else read_corpus(source, strict=strict, on_progress=on_progress)
+        else read_corpus(source, strict=strict, exclude=exclude, on_progress=on_progress)
     )
     on_progress(ProgressEvent("base model", 0, 1, "model"))
     backbone = load_backbone(
@@ -533,9 +535,8 @@ def resolve_config(config: TrainConfig | None, options: dict[str, Any]) -> Train
             f"unknown setting(s) {', '.join(sorted(unknown))}; "
             f"allowed are {', '.join(asdict(config))}"
         )
-    return replace(
-        config, **given, distill=replace(config.distill, seed=given.get("seed", config.seed))
-    )
+    config = replace(config, **given)
+    return replace(config, distill=replace(config.distill, seed=config.seed))
 
 
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
@@ -589,14 +590,14 @@ def output_folder(out: Path) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file; give a new folder")
     try:
-        known = {MANIFEST, WEIGHTS, WORK}
-        if out.is_dir() and (names := {p.name for p in out.iterdir()}) and not names & known:
+        ours = (out / MANIFEST).is_file() or (work / LOCK).is_file()
+        if out.is_dir() and not ours and (names := [p.name for p in out.iterdir()]):
             raise OutputError(
                 f"--out {out} is not empty and holds no memory ({', '.join(sorted(names)[:3])}); "
                 "give a new or empty folder"
             )
         work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / ".lock", timeout=0)
+        lock = FileLock(work / LOCK, timeout=0)
         lock.acquire()
     except Timeout as error:
         raise OutputError(

@@ -41,6 +41,16 @@ class Split:
         return len(self.train) + len(self.validation) + len(self.test)
 
 
+def check_held_out(held_out: float) -> None:
+    """Refuse a share that would leave too little to train on.
+
+    Raises:
+        ConfigError: outside 0..0.25.
+    """
+    if not 0.0 <= held_out <= 0.25:
+        raise ConfigError(f"held_out = {held_out}: allowed are 0 (none) to 0.25")
+
+
 def split_rows(documents: npt.NDArray[np.int32], *, held_out: float, seed: int) -> Split:
     """Hold out a share of the rows for validation and as much again for the test figures.
 
@@ -52,8 +62,7 @@ def split_rows(documents: npt.NDArray[np.int32], *, held_out: float, seed: int) 
     Raises:
         ConfigError: the share is outside 0..0.25.
     """
-    if not 0.0 <= held_out <= 0.25:
-        raise ConfigError(f"held_out = {held_out}: allowed are 0 (none) to 0.25")
+    check_held_out(held_out)
     num_rows = len(documents)
     wanted = min(int(held_out * num_rows), MAX_HELD_OUT_ROWS)
     part = np.zeros(num_rows, dtype=np.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
+from safetensors import SafetensorError
 
 
 def allocate_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
@@ -32,7 +34,11 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, then put it in place in one step."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        write(beside)
+        try:
+            write(beside)
+        except SafetensorError as error:
+            full = f"os error {errno.ENOSPC}" in str(error)  # all that it tells of the cause
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.chmod(0o644)  # safetensors writes files that only their owner may read

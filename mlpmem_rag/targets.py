@@ -77,6 +77,16 @@ def derive_tau(
     return best[1]
 
 
+def check_tau(tau: float) -> None:
+    """Refuse a temperature that is none.
+
+    Raises:
+        ConfigError: not a finite number above 0.
+    """
+    if not (np.isfinite(tau) and tau > 0):
+        raise ConfigError(f"tau = {tau}: allowed is a number above 0")
+
+
 def mean_distance(neighbors: Neighbors, nearest: int = 10) -> float:
     """Mean squared distance to the `nearest` neighbours over all rows: the scale of the keys."""
     distances = neighbors.distances[:, :nearest]
@@ -126,8 +136,7 @@ def build_targets(
     Raises:
         ConfigError: tau is not a positive number.
     """
-    if not (np.isfinite(tau) and tau > 0):
-        raise ConfigError(f"tau = {tau}: allowed is a number above 0")
+    check_tau(tau)
     folder.mkdir(parents=True, exist_ok=True)
     num_rows, k = neighbors.ids.shape
     shape = (num_rows, min(max_tokens, k))

@@ -179,10 +179,11 @@ def test_a_conversation_is_continued(
     assert memory.answer(TALK, max_new_tokens=10).text == text
 
 
-def test_without_a_template_the_answer_ends_with_its_line(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "</s>"])
+def test_an_answer_ends_with_its_line_or_the_text(tiny_folder: Path, end: str) -> None:
     tokenizer = load_backbone(str(tiny_folder)).tokenizer
-    newline = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1:]
-    memory = memory_on(tiny_folder, torch.tensor(newline))
+    (token,) = tokenizer(end, add_special_tokens=False)["input_ids"]
+    memory = memory_on(tiny_folder, torch.tensor([token]))
     answer = memory.answer(QUESTION, max_new_tokens=8, lambda_=1.0)
     assert (answer.text, answer.new_tokens) == ("", 1)
 
@@ -293,16 +294,7 @@ def test_an_error_inside_reaches_the_one_who_asked(
 # Threads.
 
 
-@pytest.mark.parametrize(
-    "kept",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(reason="the generation ends only with the AnswerStream itself"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kept", [False, True])
 def test_leaving_a_stream_early_stops_the_generation(
     memory: MemoryModel,
     on_forward: Callable[[Callable[[int], object]], None],

@@ -226,7 +226,6 @@ def test_bfloat16_is_normalised_too(tiny_folder: Path) -> None:
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
-@pytest.mark.xfail(reason="load_backbone casts the rotary frequencies, transformers does not")
 def test_bfloat16_is_the_base_model_at_lambda_zero(tiny_folder: Path) -> None:
     mixed = Mixed(tiny_folder, dtype="bfloat16")
     with torch.no_grad():

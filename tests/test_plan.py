@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +22,14 @@ from mlpmem_rag.windows import TokenArray, make_windows
 
 LENGTH, STRIDE = 40, 25
 Make = Callable[..., Plan]
-Usage = namedtuple("Usage", "total used free")
+
+
+class Usage(NamedTuple):
+    """As `shutil.disk_usage` returns it."""
+
+    total: int
+    used: int
+    free: int
 
 
 @pytest.fixture(scope="module")

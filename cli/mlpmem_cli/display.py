@@ -109,9 +109,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def two_columns(title: str) -> Table:
+    """A table of names and values; long values go on in the next line."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    return table
+
+
 def plan_table(plan: Plan) -> Table:
     """What a run needs."""
-    table = Table("", "", title="Plan", show_header=False, title_justify="left")
+    table = two_columns("Plan")
     table.add_row("documents, tokens", f"{plan.documents:,}, {plan.tokens:,}")
     table.add_row("datastore rows", f"{plan.rows:,}")
     table.add_row("memory", f"{plan.memory_parameters / 1e6:.1f} M parameters")
@@ -125,7 +133,7 @@ def plan_table(plan: Plan) -> Table:
 
 def report_table(report: TrainReport) -> Table:
     """What a run has made."""
-    table = Table("", "", title="Memory", show_header=False, title_justify="left")
+    table = two_columns("Memory")
     table.add_row("documents, tokens", f"{report.documents:,}, {report.tokens:,}")
     table.add_row("datastore rows", f"{report.rows:,}")
     for name, seconds in report.seconds.items():

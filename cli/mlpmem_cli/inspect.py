@@ -39,9 +39,9 @@ def inspect(memory: options.MemoryArgument, as_json: options.JsonOption = False)
 
 
 def _table(manifest: Manifest, settings: MemorySettings, work_size: str) -> Table:
-    from rich.table import Table
+    from mlpmem_cli import display
 
-    table = Table("", "", title="Memory", show_header=False, title_justify="left")
+    table = display.two_columns("Memory")
     revision = f" @ {settings.base.revision}" if settings.base.revision else ""
     table.add_row("base model", settings.base.name + revision)
     table.add_row("base fingerprint", settings.base.weights[:16])
