@@ -172,9 +172,7 @@ class MemoryModel:
         streamer = _TimedStreamer(self.tokenizer, clock)
         cancelled = threading.Event()
         failure: list[BaseException] = []
-        options: dict[str, Any] = {}
-        if not getattr(self.tokenizer, "chat_template", None):
-            options = {"stop_strings": ["\n"], "tokenizer": self.tokenizer}
+        chats = bool(getattr(self.tokenizer, "chat_template", None))
         base_config = self.model.generation_config
         eos = base_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
@@ -184,6 +182,7 @@ class MemoryModel:
             eos_token_id=eos,
             bos_token_id=base_config.bos_token_id,
             pad_token_id=eos[0] if isinstance(eos, list) else eos,
+            stop_strings=None if chats else ["\n"],
         )
 
         def work() -> None:
@@ -197,7 +196,7 @@ class MemoryModel:
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
                         memory_lambda=lambda_,
-                        **options,
+                        tokenizer=self.tokenizer,
                     )
             except BaseException as error:
                 failure.append(error)

@@ -205,11 +205,14 @@ def plan_training(
 ) -> tuple[Plan, Corpus]:
     """What `train` with the same arguments would need; nothing is written."""
     config = resolve_config(config, options)
-    prepared = prepare(corpus, config, strict=strict, on_progress=on_progress)
+    out = Path(out)
+    # Its default, the working folder, may hold the corpus: only a memory is left out.
+    exclude = out if is_memory(out) else None
+    prepared = prepare(corpus, config, strict=strict, exclude=exclude, on_progress=on_progress)
     plan = make_plan(
         prepared.backbone,
         prepared.windows,
-        Path(out),
+        out,
         size=config.size,
         k=config.neighbors,
         held_out=config.held_out,
@@ -578,6 +581,11 @@ def finished_run(out: Path, run: str) -> TrainReport | None:
     return TrainReport.from_dict({**figures, "out": str(out)})
 
 
+def is_memory(folder: Path) -> bool:
+    """Whether a folder holds a memory, or one whose training was interrupted."""
+    return (folder / MANIFEST).is_file() or (folder / WORK / LOCK).is_file()
+
+
 @contextmanager
 def output_folder(out: Path) -> Iterator[Path]:
     """Make or check the output folder, hold its lock, and yield its working folder.
@@ -590,8 +598,7 @@ def output_folder(out: Path) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file; give a new folder")
     try:
-        ours = (out / MANIFEST).is_file() or (work / LOCK).is_file()
-        if out.is_dir() and not ours and (names := [p.name for p in out.iterdir()]):
+        if out.is_dir() and not is_memory(out) and (names := [p.name for p in out.iterdir()]):
             raise OutputError(
                 f"--out {out} is not empty and holds no memory ({', '.join(sorted(names)[:3])}); "
                 "give a new or empty folder"

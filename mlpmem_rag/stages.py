@@ -45,6 +45,7 @@ def stage_seconds(folder: Path) -> float:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / NOTE).read_text()))
+        note = json.loads((folder / NOTE).read_text())
     except (OSError, ValueError):
         return {}
+    return note if isinstance(note, dict) else {}

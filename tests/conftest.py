@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -62,7 +62,7 @@ def options(
 def main() -> None:
     """Run the command; an expected error becomes one line on stderr."""
     try:
-        app()
+        app(prog_name="mlpmem-rag")
     except MLPMemError as error:
         fail(error, str(error))
     except BrokenPipeError:
