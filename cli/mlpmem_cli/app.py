@@ -17,6 +17,7 @@ from mlpmem_cli.ask import ask
 from mlpmem_cli.chat import chat
 from mlpmem_cli.inspect import inspect
 from mlpmem_cli.plan import plan
+from mlpmem_cli.questions import questions
 from mlpmem_cli.train import train
 from mlpmem_rag import __version__
 from mlpmem_rag.errors import MLPMemError
@@ -34,6 +35,7 @@ app.command()(plan)
 app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
+app.command()(questions)
 
 DEBUG_VARIABLE = "MLPMEM_DEBUG"
 

@@ -1,0 +1,61 @@
+"""`mlpmem-rag questions`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlpmem_cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlpmem_rag.questions import Question
+
+
+def questions(
+    corpus: options.CorpusArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Write all of them to a jsonl file as well.")
+    ] = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="How many to show, spread over the corpus; 0: all.")
+    ] = 20,
+    strict: options.StrictOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Preview the questions that can be written from a corpus, with their answers."""
+    from mlpmem_cli import display
+    from mlpmem_rag.corpus import read_corpus
+    from mlpmem_rag.questions import save_questions
+    from mlpmem_rag.rules import RuleWriter
+
+    console = display.stderr()
+    with display.progress_bars(console) as on_progress:
+        read = read_corpus(corpus, strict=strict, on_progress=on_progress)
+        written = list(RuleWriter().write(read.documents, on_progress=on_progress))
+    display.show_skipped(console, read)
+    if out is not None:
+        save_questions(written, out)
+    step = max(1, len(written) // show) if show else 1
+    shown = written[::step][: show or None]
+    if as_json:
+        for question in shown:
+            typer.echo(json.dumps(asdict(question), ensure_ascii=False))
+    else:
+        display.stdout().print(_table(shown))
+    number = f"{len(written):,} questions from {len(read.documents):,} documents"
+    console.print(number if out is None else f"{number}, written to {out}", markup=False)
+
+
+def _table(shown: list[Question]) -> Table:
+    from rich.table import Table
+
+    table = Table("question", "answer", "document")
+    for question in shown:
+        table.add_row(question.text, question.answer, question.document)
+    return table
