@@ -2,8 +2,8 @@
 
 Answers are spans that somebody might ask for: entities, numbers, noun phrases with and without what
 depends on them, complements, single content words. For each, the wh-word follows from its kind,
-and the question is the clause around it, once in the word order of English questions and once with
-the wh-word in the answer's place.
+and the question is the clause around it: in the word order of English questions, in its own order
+behind the wh-word, and with the wh-word in the place of the answer.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def sentence_questions(sentence: Span, title: str) -> Iterator[tuple[str, str]]:
         asked = _asked(answer)
         for question in _questions(asked, sentence, title):
             words = question.split()
-            if 3 <= len(words) <= MAX_QUESTION_WORDS and text.lower() not in question.lower():
+            # A number or a single word may well stand twice in a sentence and be asked for once.
+            told = " " in text and text.lower() in question.lower()
+            if 3 <= len(words) <= MAX_QUESTION_WORDS and not told:
                 yield question[:1].upper() + question[1:] + "?", text
 
 
@@ -251,9 +253,9 @@ def _questions(asked: _Asked, sentence: Span, title: str) -> Iterator[str]:
     natural = _natural(asked, verb, rest, names)
     if natural is not None:
         yield natural
-    else:
-        about = f"({title})" if title and not _mentions(rest, title) else ""
-        yield _tidy(f"{asked.phrase} {_text(rest, names)} {about}")
+    # The words of the clause in their own order, as people type into a search box.
+    about = f"({title})" if title and not _mentions(rest, title) else ""
+    yield _tidy(f"{asked.phrase} {_text(rest, names)} {about}")
     before = _text([token for token in rest if token.i < asked.span.start], names)
     after = _text([token for token in rest if token.i >= asked.span.end], names)
     if before:
