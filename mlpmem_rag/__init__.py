@@ -27,10 +27,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mlpmem_rag.config import TrainConfig
     from mlpmem_rag.corpus import Corpus, Document, read_corpus
     from mlpmem_rag.errors import MLPMemError
     from mlpmem_rag.memory_model import Answer, MemoryModel
-    from mlpmem_rag.pipeline import TrainConfig, plan_training, train
+    from mlpmem_rag.pipeline import plan_training, train
     from mlpmem_rag.report import TrainReport
 else:
     _HOMES = {
@@ -39,7 +40,7 @@ else:
         "Document": "corpus",
         "MLPMemError": "errors",
         "MemoryModel": "memory_model",
-        "TrainConfig": "pipeline",
+        "TrainConfig": "config",
         "TrainReport": "report",
         "plan_training": "pipeline",
         "read_corpus": "corpus",

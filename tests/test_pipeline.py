@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlpmem_rag import heldout, neighbors, pipeline, targets
+from mlpmem_rag import heldout, neighbors, pipeline, targets, training
 from mlpmem_rag.artifact import (
     MANIFEST,
     WEIGHTS,
@@ -31,6 +31,7 @@ from mlpmem_rag.artifact import (
     verify_files,
 )
 from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, Document, read_corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillConfig, DistillReport, distill
@@ -45,12 +46,13 @@ from mlpmem_rag.errors import (
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.neighbors import Neighbors
-from mlpmem_rag.pipeline import MIN_ROWS, TrainConfig, train
+from mlpmem_rag.pipeline import train
 from mlpmem_rag.plan import Plan
 from mlpmem_rag.progress import OnProgress, ProgressEvent
 from mlpmem_rag.report import TrainReport
 from mlpmem_rag.split import split_rows
 from mlpmem_rag.storage import folder_bytes
+from mlpmem_rag.training import MIN_ROWS
 from mlpmem_rag.windows import make_windows, tokenize
 
 STAGES = (
@@ -299,7 +301,7 @@ def test_nothing_is_learned_from_held_out_rows_before_they_are_measured(
         trainings.append(rows.tolist())
         return distill(memory, data, rows, *args, **options)
 
-    monkeypatch.setattr("mlpmem_rag.pipeline.distill", spy)
+    monkeypatch.setattr("mlpmem_rag.training.distill", spy)
     report = train(source, out=tmp_path / "memory", config=config)
     work = tmp_path / "memory" / WORK
     documents = np.asarray(Datastore.open(work / "datastore").documents)
@@ -375,7 +377,7 @@ def test_a_corpus_too_small_to_hold_out_is_not_measured(
     report = train(corpus, out=out, config=config)
     assert MIN_ROWS <= report.rows < 160
     assert (report.perplexity, report.held_out_by) == (None, None)
-    assert report.memory_lambda == pipeline.DEFAULT_LAMBDA
+    assert report.memory_lambda == training.DEFAULT_LAMBDA
     assert "Nothing: the corpus is too small" in (out / "README.md").read_text()
     assert train(corpus, out=out, config=config) == report
     assert MemoryModel.load(out, device="cpu").answer("Who?", max_new_tokens=2).new_tokens > 0

@@ -205,7 +205,7 @@ def test_an_interrupted_train_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlpmem_rag.pipeline.build_targets", interrupt)
+        patch.setattr("mlpmem_rag.training.build_targets", interrupt)
         result = run(*train_arguments)
     assert (result.code, result.out) == (130, "")
     assert f"kept in {tmp_path / 'memory'}, run the same command to go on" in result.err

@@ -1,0 +1,97 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.embedded import SMOLLM2
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.hardware import dtype_name
+from mlpmem_rag.memory import SIZES
+from mlpmem_rag.neighbors import MAX_NEIGHBORS
+from mlpmem_rag.split import check_held_out
+from mlpmem_rag.targets import check_tau
+
+RECIPES = ("paper",)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. What follows from the base model or the corpus is not among them.
+
+    Attributes:
+        recipe: `paper`: kNN targets from the corpus alone.
+        base_model: hub id, local folder or embedded name.
+        size: `small`, `base` or `large` memory.
+        layer: decoder layer to read; None: 70 % of the depth.
+        device: `auto`, `cpu`, `cuda`.
+        dtype: number format of the base; `auto`, `float32`, `bfloat16`, `float16`.
+        seed: of the held-out documents, the initial weights and the order of rows.
+        window: tokens the base sees at once, at most its context window.
+        neighbors: k, at most 1024.
+        tau: temperature of the neighbours' votes; None: derived from the distances.
+        held_out: share of the rows for validation, and as much again for the test figures.
+        distill: the optimisation.
+    """
+
+    recipe: str = "paper"
+    base_model: str = SMOLLM2
+    size: str = "base"
+    layer: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    window: int = 1024
+    neighbors: int = MAX_NEIGHBORS
+    tau: float | None = None
+    held_out: float = 0.1
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def __post_init__(self) -> None:
+        """Check what no stage checks by itself.
+
+        Raises:
+            ConfigError: a value outside what is allowed.
+        """
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"recipe {self.recipe!r} is not known; choose {', '.join(RECIPES)}")
+        if self.size not in SIZES:
+            raise ConfigError(f"size {self.size!r} is not known; choose {', '.join(SIZES)}")
+        check_held_out(self.held_out)
+        if self.tau is not None:
+            check_tau(self.tau)
+        if not 1 <= self.neighbors <= MAX_NEIGHBORS:
+            raise ConfigError(f"neighbors = {self.neighbors}: allowed are 1 to {MAX_NEIGHBORS}")
+        if self.window < 16:
+            raise ConfigError(f"window = {self.window}: allowed are 16 tokens or more")
+
+
+def resolve_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:
+    """Settings with single fields replaced; None means not given and replaces nothing.
+
+    Raises:
+        ConfigError: no such setting.
+    """
+    config = config or TrainConfig()
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := set(given) - set(asdict(config)):
+        raise ConfigError(
+            f"unknown setting(s) {', '.join(sorted(unknown))}; "
+            f"allowed are {', '.join(asdict(config))}"
+        )
+    config = replace(config, **given)
+    return replace(config, distill=replace(config.distill, seed=config.seed))
+
+
+def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+    """With what `auto` and None turned out to be on this machine and base model."""
+    return replace(
+        config,
+        layer=backbone.layer,
+        device=backbone.device.type,
+        dtype=dtype_name(backbone.model.dtype),
+        window=min(config.window, backbone.context_window),
+    )
