@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.embedded import embedded_model_path
@@ -94,6 +100,14 @@ class _ReachedTap(Exception):  # noqa: N818  control flow, not an error
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """What the layers up to the tap remember of a beginning that many sequences share."""
+
+    length: int
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A frozen base model, its tokenizer, and the layer whose MLP input is the memory's key."""
 
@@ -137,6 +151,35 @@ class Backbone:
         with HiddenTap(self.mlp, stop=True).listen() as tap:
             body(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)
         return tap.hidden.reshape(*token_ids.shape, -1)
+
+    @torch.inference_mode()
+    def prefix(self, token_ids: Sequence[int]) -> Prefix:
+        """Keys and values of tokens that many sequences begin with. *Shape:* (P,)."""
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        body: nn.Module = self.model.base_model
+        with HiddenTap(self.mlp, stop=True).listen():
+            body(input_ids=ids, past_key_values=cache, use_cache=True)
+        cached: Any = cache.layers[: self.layer + 1]  # later layers have not run
+        layers = [(layer.keys, layer.values) for layer in cached]
+        return Prefix(len(token_ids), tuple(layers))
+
+    @torch.inference_mode()
+    def hidden_after(self, prefix: Prefix, token_ids: Tensor) -> Tensor:
+        """Like `hidden`, for what follows a prefix; right padding changes nothing on its left.
+
+        *Shape:* ids (B, T) -> (B, T, D).
+        """
+        batch, length = token_ids.shape
+        cache = DynamicCache(config=self.model.config)
+        for number, (keys, values) in enumerate(prefix.layers):
+            shape = (batch, -1, -1, -1)
+            cache.update(keys.expand(shape), values.expand(shape), number)
+        mask = torch.ones(batch, prefix.length + length, dtype=torch.long, device=self.device)
+        body: nn.Module = self.model.base_model
+        with HiddenTap(self.mlp, stop=True).listen() as tap:
+            body(input_ids=token_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return tap.hidden.reshape(batch, length, -1)
 
     @torch.inference_mode()
     def next_token_log_probs(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -23,9 +23,7 @@ from mlpmem_rag.backbone import context_window
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
-
-Message = dict[str, str]
-"""`{"role": "user" | "assistant" | "system", "content": text}`."""
+from mlpmem_rag.prompts import STOP_STRING, Message, chats, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -145,16 +143,7 @@ class MemoryModel:
         messages = (
             [{"role": "user", "content": question}] if isinstance(question, str) else question
         )
-        if not messages or not messages[-1]["content"].strip():
-            raise ConfigError("the question is empty; ask something")
-        if getattr(self.tokenizer, "chat_template", None):
-            encoded: Any = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=True
-            )
-            return list(encoded["input_ids"])
-        names = {"user": "Question", "assistant": "Answer"}
-        lines = [f"{names.get(m['role'], 'Context')}: {m['content'].strip()}" for m in messages]
-        return list(self.tokenizer("\n".join([*lines, "Answer:"]))["input_ids"])
+        return prompt_ids(self.tokenizer, messages)
 
     def _fit(self, prompt: list[int], max_new_tokens: int) -> Tensor:
         room = context_window(self.model.base) - max_new_tokens
@@ -172,7 +161,6 @@ class MemoryModel:
         streamer = _TimedStreamer(self.tokenizer, clock)
         cancelled = threading.Event()
         failure: list[BaseException] = []
-        chats = bool(getattr(self.tokenizer, "chat_template", None))
         base_config = self.model.generation_config
         eos = base_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
@@ -182,7 +170,7 @@ class MemoryModel:
             eos_token_id=eos,
             bos_token_id=base_config.bos_token_id,
             pad_token_id=eos[0] if isinstance(eos, list) else eos,
-            stop_strings=None if chats else ["\n"],
+            stop_strings=None if chats(self.tokenizer) else [STOP_STRING],
         )
 
         def work() -> None:

@@ -307,3 +307,22 @@ def test_the_model_is_frozen(tiny_backbone: Backbone) -> None:
     module: nn.Module = tiny_backbone.model
     assert not module.training
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_states_after_a_shared_prefix_equal_those_of_the_whole(family_folder: Path) -> None:
+    backbone = load_backbone(str(family_folder), device="cpu", dtype="float32")
+    prefix = [5, 6, 7, 8, 9]
+    rest = torch.tensor([[11, 12, 13, 14], [15, 16, 0, 0]])  # the second is padded on the right
+    whole = torch.cat([torch.tensor([prefix, prefix]), rest], dim=1)
+    expected = backbone.hidden(whole, torch.ones_like(whole))[:, len(prefix) :]
+    found = backbone.hidden_after(backbone.prefix(prefix), rest)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1, :2], expected[1, :2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefix_can_be_used_again(tiny_backbone: Backbone) -> None:
+    prefix = tiny_backbone.prefix([5, 6, 7])
+    ids = torch.tensor([[11, 12]])
+    first = tiny_backbone.hidden_after(prefix, ids)
+    tiny_backbone.hidden_after(prefix, torch.tensor([[20, 21, 22], [23, 24, 25]]))
+    torch.testing.assert_close(tiny_backbone.hidden_after(prefix, ids), first, atol=0, rtol=0)

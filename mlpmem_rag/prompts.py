@@ -1,0 +1,52 @@
+"""How a question is put to the base model, in training and in use alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from mlpmem_rag.errors import ConfigError
+
+Message = dict[str, str]
+"""`{"role": "user" | "assistant" | "system", "content": text}`."""
+
+STOP_STRING = "\n"
+"""Ends an answer of a model that has no chat template."""
+
+NAMES = {"user": "Question", "assistant": "Answer"}
+
+
+def chats(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the base model brings its own form of a conversation."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids up to where the answer begins.
+
+    In the model's chat template; without one as `Question: …` and `Answer:` lines.
+
+    Raises:
+        ConfigError: there is no message, or the last one is empty.
+    """
+    if not messages or not messages[-1]["content"].strip():
+        raise ConfigError("the question is empty; ask something")
+    if chats(tokenizer):
+        encoded: Any = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+    lines = [f"{NAMES.get(m['role'], 'Context')}: {m['content'].strip()}" for m in messages]
+    plain: Any = tokenizer("\n".join([*lines, "Answer:"]))
+    return list(plain["input_ids"])
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Token ids of an answer as the model is to give it, its end included."""
+    if chats(tokenizer) and tokenizer.eos_token_id is not None:
+        encoded: Any = tokenizer(answer, add_special_tokens=False)
+        return [*encoded["input_ids"], int(tokenizer.eos_token_id)]
+    plain: Any = tokenizer(f" {answer}{STOP_STRING}", add_special_tokens=False)
+    return list(plain["input_ids"])

@@ -1,0 +1,118 @@
+"""Self-study rows: for every token of an answer, the state before it and the question's vector.
+
+The same keys as a datastore's, taken where they will be needed: after the question as it will be
+asked. All prompts begin alike, and that beginning runs through the base model once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.datastore import to_float16
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.query import QueryEncoder, Vectors
+from mlpmem_rag.questions import Question
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class StudyRows:
+    """Training rows of G questions, N rows in all.
+
+    Attributes:
+        keys: hidden states before each token of the answers. *Shape:* (N, D), float16.
+        next_tokens: these tokens, the end of the answer included. *Shape:* (N,).
+        questions: number of the question each row belongs to. *Shape:* (N,).
+        query_vectors: of the questions. *Shape:* (G, Q).
+        source_vectors: of the sentences that answer them. *Shape:* (G, Q).
+    """
+
+    keys: npt.NDArray[np.float16]
+    next_tokens: npt.NDArray[np.int32]
+    questions: npt.NDArray[np.int32]
+    query_vectors: Vectors
+    source_vectors: Vectors
+
+
+def study_rows(
+    backbone: Backbone,
+    encoder: QueryEncoder,
+    questions: Sequence[Question],
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> StudyRows:
+    """Ask the base model every question and note its states along the right answer.
+
+    A question too long for the context window is left without rows.
+
+    Raises:
+        ConfigError: there are no questions.
+        BaseModelError: a hidden state does not fit into float16.
+    """
+    if not questions:
+        raise ConfigError("there are no questions to study; write some, or give a larger corpus")
+    tokenizer = backbone.tokenizer
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": q.text}]) for q in questions]
+    answers = [answer_ids(tokenizer, question.answer) for question in questions]
+    shared = _common_beginning(prompts)[: min(map(len, prompts)) - 1]
+    prefix = backbone.prefix(shared) if shared else None
+    # What runs for each question: the rest of the prompt, and the answer without its last token.
+    inputs = [(p + a)[len(shared) : -1] for p, a in zip(prompts, answers, strict=True)]
+    keys: dict[int, npt.NDArray[np.float16]] = {}
+    for batch in _batches(inputs, backbone.context_window - len(shared)):
+        token_ids = torch.zeros(len(batch), len(inputs[batch[0]]), dtype=torch.long)
+        for line, number in enumerate(batch):
+            token_ids[line, : len(inputs[number])] = torch.tensor(inputs[number])
+        token_ids = token_ids.to(backbone.device)
+        hidden = (
+            backbone.hidden(token_ids, torch.ones_like(token_ids))
+            if prefix is None
+            else backbone.hidden_after(prefix, token_ids)
+        )
+        for line, number in enumerate(batch):
+            end = len(inputs[number])
+            keys[number] = to_float16(hidden[line, end - len(answers[number]) : end])
+        on_progress(ProgressEvent("study", len(keys), len(questions), "questions"))
+    order = sorted(keys)
+    counts = [len(answers[number]) for number in order]
+    return StudyRows(
+        keys=np.concatenate([keys[number] for number in order]),
+        next_tokens=np.concatenate([np.array(answers[n], dtype=np.int32) for n in order]),
+        questions=np.repeat(np.array(order, dtype=np.int32), counts),
+        query_vectors=encoder.encode([question.text for question in questions]),
+        source_vectors=_encode_distinct(encoder, [question.source for question in questions]),
+    )
+
+
+def _common_beginning(sequences: Sequence[Sequence[int]]) -> list[int]:
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
+    return [tokens[0] for tokens in alike]
+
+
+def _batches(inputs: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    """Numbers of inputs of like length, longest first, padding counted."""
+    fitting = (number for number in range(len(inputs)) if len(inputs[number]) <= limit)
+    batches: list[list[int]] = []
+    for number in sorted(fitting, key=lambda n: len(inputs[n]), reverse=True):
+        batch = batches[-1] if batches else []
+        if not batch or len(inputs[batch[0]]) * (len(batch) + 1) > BATCH_TOKENS:
+            batches.append(batch := [])
+        batch.append(number)
+    return batches
+
+
+def _encode_distinct(encoder: QueryEncoder, texts: Sequence[str]) -> Vectors:
+    """Many questions share their source: each is encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    place = {text: number for number, text in enumerate(distinct)}
+    return encoder.encode(distinct)[[place[text] for text in texts]]

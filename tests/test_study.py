@@ -1,0 +1,91 @@
+"""Self-study rows, compared with each question run alone through the whole prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.progress import ProgressEvent
+from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.query import PooledEncoder, Vectors
+from mlpmem_rag.questions import Question
+from mlpmem_rag.study import study_rows
+
+QUESTIONS = [
+    Question("Who kept the ledger?", "a clerk", "A clerk kept the ledger.", "a"),
+    Question("Where was the lantern, and since when had it been there?", "quay", "It hung.", "b"),
+    Question("What hung?", "the lantern over the quay", "It hung.", "b"),
+]
+TEMPLATE = "{% for m in messages %}the system speaks first.{{ m.content }}{% endfor %} answer:"
+
+
+class CountingEncoder:
+    """Encodes a text as its length, and remembers what it was given."""
+
+    name = "counting"
+    size = 1
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.seen += texts
+        return np.array([[len(text)] for text in texts], dtype=np.float32)
+
+
+def expected_keys(backbone: Backbone, question: Question) -> torch.Tensor:
+    prompt = prompt_ids(backbone.tokenizer, [{"role": "user", "content": question.text}])
+    answer = answer_ids(backbone.tokenizer, question.answer)
+    ids = torch.tensor([prompt + answer])
+    return backbone.hidden(ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("batch_tokens", [1, 2048])
+def test_rows_equal_those_of_each_question_alone(
+    family_folder: Path,
+    template: str | None,
+    batch_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mlpmem_rag.study.BATCH_TOKENS", batch_tokens)
+    backbone = load_backbone(str(family_folder), device="cpu", dtype="float32")
+    backbone.tokenizer.chat_template = template
+    rows = study_rows(backbone, PooledEncoder(backbone), QUESTIONS)
+    for number, question in enumerate(QUESTIONS):
+        mine = rows.questions == number
+        answer = answer_ids(backbone.tokenizer, question.answer)
+        assert rows.next_tokens[mine].tolist() == answer
+        expected = expected_keys(backbone, question).numpy()
+        np.testing.assert_allclose(rows.keys[mine], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_vectors_belong_to_their_questions(tiny_backbone: Backbone) -> None:
+    encoder = CountingEncoder()
+    rows = study_rows(tiny_backbone, encoder, QUESTIONS)
+    assert rows.query_vectors[:, 0].tolist() == [len(q.text) for q in QUESTIONS]
+    assert rows.source_vectors[:, 0].tolist() == [len(q.source) for q in QUESTIONS]
+    assert encoder.seen.count("It hung.") == 1
+
+
+def test_a_question_beyond_the_context_window_has_no_rows(tiny_backbone: Backbone) -> None:
+    long = Question("ledger " * 400, "a clerk", "s", "a")
+    rows = study_rows(tiny_backbone, CountingEncoder(), [QUESTIONS[0], long, QUESTIONS[2]])
+    assert set(rows.questions.tolist()) == {0, 2}
+
+
+def test_progress_counts_questions(tiny_backbone: Backbone) -> None:
+    events: list[ProgressEvent] = []
+    study_rows(tiny_backbone, CountingEncoder(), QUESTIONS, on_progress=events.append)
+    assert events[-1] == ProgressEvent("study", 3, 3, "questions")
+
+
+def test_no_questions_are_refused(tiny_backbone: Backbone) -> None:
+    with pytest.raises(ConfigError, match="no questions to study"):
+        study_rows(tiny_backbone, CountingEncoder(), [])
