@@ -6,6 +6,7 @@ At lambda 0 it returns the base model's output, untouched.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mlpmem_rag.artifact import (
     load_settings,
     verify_files,
 )
-from mlpmem_rag.backbone import Backbone, HiddenTap, load_backbone
+from mlpmem_rag.backbone import Backbone, HiddenTap, load_backbone, resolve_layer
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.mixing import check_lambda, mix
@@ -225,8 +226,10 @@ def load_model(
     backbone = load_backbone(
         base_model or settings.base.name,
         revision=None if base_model else settings.base.revision,
-        layer=settings.layer,
         device=device,
         dtype=dtype,
     )
+    check_base(settings, backbone.reference)  # before the layer, which another base may not have
+    layer = resolve_layer(settings.layer, backbone.num_layers)
+    backbone = replace(backbone, layer=layer)
     return attach_memory(backbone, memory, settings), backbone

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mlpmem_rag import artifact
 from mlpmem_rag.artifact import (
@@ -468,6 +468,17 @@ def test_another_base_model_is_refused_with_both_values(
         assert name in message
     for reference in (expected, given):
         assert f"({what} {str(getattr(reference, what))[:16]})" in message
+
+
+def test_a_shallower_base_model_is_refused_as_another_one(
+    folder: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """Not as one without the memory's layer, which would send the user looking for a layer."""
+    config = AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="this memory was trained on"):
+        load_model(folder, base_model=str(tmp_path), device="cpu")
 
 
 def test_another_layer_width_is_refused_with_both_values(tiny_backbone: Backbone) -> None:
