@@ -12,7 +12,6 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -419,8 +418,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         description.pop("truncation", None)
     text = json.dumps(description, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def is_local(name: str) -> bool:
-    """Whether a base model name is a folder on this machine."""
-    return Path(name).is_dir()

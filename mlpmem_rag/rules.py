@@ -310,7 +310,7 @@ def _clause(verb: Token, sentence: Span) -> list[Token]:
 
 
 def _shared_subject(verb: Token) -> list[Token]:
-    """The subject a coordinate or relative clause takes from the clause above it."""
+    """The subject a coordinate or dependent clause takes from the clause above it."""
     token = verb
     while token.dep_ in ("conj", "xcomp", "advcl") and token.head != token:
         token = token.head
