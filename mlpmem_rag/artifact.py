@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mlpmem_rag.backbone import BaseReference
+from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.gate import Gate
 from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.query import NONE
 from mlpmem_rag.storage import replace_file, write_json
 
 FORMAT_VERSION = 1
@@ -41,6 +44,9 @@ class MemorySettings:
         memory: shape of the memory.
         memory_lambda: mixing weight, 0 (base alone) to 1 (memory alone).
         memory_temperature: divides the memory's logits.
+        encoder: makes the query vectors, by the name that `load_encoder` takes.
+        gate: adapts lambda to each token; None: the same everywhere.
+        confidence: probability that an answer is right; None: not known.
     """
 
     base: BaseReference
@@ -48,6 +54,9 @@ class MemorySettings:
     memory: MemoryConfig
     memory_lambda: float
     memory_temperature: float
+    encoder: str = NONE
+    gate: Gate | None = None
+    confidence: Confidence | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,11 @@ def load_settings(folder: Path) -> MemorySettings:
             memory=MemoryConfig(**config["memory"]),
             memory_lambda=float(config["memory_lambda"]),
             memory_temperature=float(config["memory_temperature"]),
+            encoder=str(config["encoder"]),
+            gate=Gate(**_weights(config["gate"])) if config["gate"] else None,
+            confidence=(
+                Confidence(**_weights(config["confidence"])) if config["confidence"] else None
+            ),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
@@ -127,6 +141,13 @@ def load_settings(folder: Path) -> MemorySettings:
             f"temperature {settings.memory_temperature} (allowed above 0); train again"
         )
     return settings
+
+
+def _weights(values: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    weights = {name: tuple(map(float, numbers)) for name, numbers in values.items()}
+    if not all(math.isfinite(number) for numbers in weights.values() for number in numbers):
+        raise ValueError("weights that are not finite")
+    return weights
 
 
 def load_manifest(folder: Path) -> Manifest:

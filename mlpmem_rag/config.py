@@ -7,15 +7,20 @@ from typing import Any
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.distill import DistillConfig
-from mlpmem_rag.embedded import SMOLLM2
+from mlpmem_rag.embedded import MINILM, SMOLLM2
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.hardware import dtype_name
+from mlpmem_rag.lessons import StudyConfig
 from mlpmem_rag.memory import SIZES
 from mlpmem_rag.neighbors import MAX_NEIGHBORS
+from mlpmem_rag.questions import RULES
 from mlpmem_rag.split import check_held_out
 from mlpmem_rag.targets import check_tau
 
-RECIPES = ("paper",)
+RECIPES = ("self-study", "paper")
+
+PAPER_OPTIMISATION = DistillConfig()
+STUDY_OPTIMISATION = DistillConfig(learning_rate=1e-3, epochs=8, batch_rows=512, patience=8)
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class TrainConfig:
     """Settings of a run. What follows from the base model or the corpus is not among them.
 
     Attributes:
-        recipe: `paper`: kNN targets from the corpus alone.
+        recipe: `self-study`: a query-aware memory that learns the corpus and answers to questions
+            written from it. `paper`: kNN targets from the corpus alone.
         base_model: hub id, local folder or embedded name.
         size: `small`, `base` or `large` memory.
         layer: decoder layer to read; None: 70 % of the depth.
@@ -34,10 +40,14 @@ class TrainConfig:
         neighbors: k, at most 1024.
         tau: temperature of the neighbours' votes; None: derived from the distances.
         held_out: share of the rows for validation, and as much again for the test figures.
-        distill: the optimisation.
+        alpha: share of the KL term in the loss of corpus rows (paper 0.4).
+        encoder: makes the query vectors; see `mlpmem_rag.query.load_encoder`.
+        questions: who writes the questions: `rules`, `base-model`, or jsonl files of one's own.
+        study: how their answers are learned.
+        distill: the optimisation; None: what suits the recipe.
     """
 
-    recipe: str = "paper"
+    recipe: str = "self-study"
     base_model: str = SMOLLM2
     size: str = "base"
     layer: int | None = None
@@ -48,7 +58,11 @@ class TrainConfig:
     neighbors: int = MAX_NEIGHBORS
     tau: float | None = None
     held_out: float = 0.1
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    alpha: float = 0.4
+    encoder: str = MINILM
+    questions: tuple[str, ...] = (RULES,)
+    study: StudyConfig = field(default_factory=StudyConfig)
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         """Check what no stage checks by itself.
@@ -82,14 +96,20 @@ def resolve_config(config: TrainConfig | None, options: dict[str, Any]) -> Train
             f"unknown setting(s) {', '.join(sorted(unknown))}; "
             f"allowed are {', '.join(asdict(config))}"
         )
-    config = replace(config, **given)
-    return replace(config, distill=replace(config.distill, seed=config.seed))
+    return replace(config, **given)
+
+
+def optimisation(config: TrainConfig) -> DistillConfig:
+    """The settings of the optimisation, with the run's seed."""
+    by_recipe = PAPER_OPTIMISATION if config.recipe == "paper" else STUDY_OPTIMISATION
+    return replace(config.distill or by_recipe, seed=config.seed)
 
 
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
     """With what `auto` and None turned out to be on this machine and base model."""
     return replace(
         config,
+        distill=optimisation(config),
         layer=backbone.layer,
         device=backbone.device.type,
         dtype=dtype_name(backbone.model.dtype),

@@ -1,7 +1,7 @@
-"""Training the memory to imitate the kNN teacher.
+"""Training the memory on lessons: rows of hidden states with what is to be predicted from them.
 
-Loss: alpha * KL(p_kNN || p_mem) + (1 - alpha) * CE(next token) (paper, section 3). The KL is
-computed on the sparse targets alone, and the head covers only corpus tokens.
+The optimisation, its checkpoints and its early stop. What a row teaches is the lesson's own
+(`TextLesson`: the kNN teacher's votes; `StudyLesson`: answers to written questions).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ConfigError, TrainingError
-from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.memory import Memory
-from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.storage import replace_file, write_json
-from mlpmem_rag.targets import Targets
 
 Rows = npt.NDArray[np.int64]
 BEST = "best.safetensors"
@@ -37,7 +34,6 @@ class DistillConfig:
     """Settings of the optimisation; the defaults are the paper's where it names them.
 
     Attributes:
-        alpha: share of the KL term (paper 0.4).
         learning_rate: peak of the linear schedule (paper 4e-4).
         warmup: share of the steps in which the rate rises (paper 0.03).
         epochs: passes over the rows at most (paper 5 for a 7B base).
@@ -47,7 +43,6 @@ class DistillConfig:
         seed: order of the rows.
     """
 
-    alpha: float = 0.4
     learning_rate: float = 4e-4
     warmup: float = 0.03
     epochs: int = 5
@@ -62,8 +57,6 @@ class DistillConfig:
         Raises:
             ConfigError: a value outside what is allowed.
         """
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ConfigError(f"alpha = {self.alpha}: allowed are 0 (only CE) to 1 (only KL)")
         if not (self.learning_rate > 0 and self.clip > 0):
             raise ConfigError(
                 f"learning rate {self.learning_rate} and clipping norm {self.clip}: "
@@ -77,12 +70,15 @@ class DistillConfig:
             raise ConfigError("epochs, batch rows and patience must be at least 1")
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Held-out rows and what the base model gives their true tokens. *Shapes:* (R,), (R,)."""
+class Lesson(Protocol):
+    """Rows to learn, numbered from 0."""
 
-    rows: Rows
-    p_base: npt.NDArray[np.float64]
+    def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
+        """Mean loss of the rows, with a gradient; `generator` serves whatever is random in it.
+
+        *Shape:* (R,) -> ().
+        """
+        ...
 
 
 @dataclass
@@ -91,7 +87,7 @@ class DistillReport:
 
     Attributes:
         train_losses: mean loss of each epoch.
-        validation_losses: negative log-likelihood of the best mixture after each epoch.
+        validation_losses: what `validate` said after each epoch.
         best_epoch: epoch (from 1) whose weights are kept.
         seconds: training time, evaluation included.
         rows_per_second: training throughput.
@@ -104,65 +100,21 @@ class DistillReport:
     rows_per_second: float = 0.0
 
 
-class TrainingData:
-    """Rows of the datastore with their targets, as batches of tensors."""
-
-    def __init__(
-        self, datastore: Datastore, targets: Targets, memory: Memory, vocab_size: int
-    ) -> None:
-        self._datastore = datastore
-        self._targets = targets
-        self._device = memory.corpus_tokens.device
-        columns = np.zeros(vocab_size + 1, dtype=np.int64)  # the last place serves -1
-        tokens = memory.corpus_tokens.cpu().numpy()
-        columns[tokens] = np.arange(len(tokens))
-        self._columns = columns
-
-    def batch(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys (R, D), target columns (R, M), target probabilities (R, M), next columns (R,)."""
-        keys = torch.from_numpy(self._datastore.keys(rows))
-        columns = torch.from_numpy(self._columns[self._targets.token_ids[rows]])
-        probs = torch.from_numpy(self._targets.probs[rows].astype(np.float32))
-        next_columns = torch.from_numpy(self._columns[self._datastore.next_tokens[rows]])
-        device = self._device
-        return keys.to(device), columns.to(device), probs.to(device), next_columns.to(device)
-
-    def keys_and_next(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Keys (R, D) and next columns (R,), for evaluation."""
-        keys = torch.from_numpy(self._datastore.keys(rows)).to(self._device)
-        next_columns = torch.from_numpy(self._columns[self._datastore.next_tokens[rows]])
-        return keys, next_columns.to(self._device)
-
-
-def distillation_loss(
-    log_probs: Tensor, columns: Tensor, probs: Tensor, next_columns: Tensor, alpha: float
-) -> Tensor:
-    """Alpha * KL(target || memory) + (1 - alpha) * cross-entropy, mean over rows.
-
-    *Shapes:* log_probs (R, V), columns (R, M), probs (R, M), next_columns (R,) -> ().
-    """
-    cross = -(probs * log_probs.gather(1, columns)).sum(1)
-    entropy = -torch.special.xlogy(probs, probs).sum(1)
-    nll = -log_probs.gather(1, next_columns[:, None]).squeeze(1)
-    loss: Tensor = (alpha * (cross - entropy) + (1 - alpha) * nll).mean()
-    return loss
-
-
 def distill(
     memory: Memory,
-    data: TrainingData,
+    lesson: Lesson,
     train_rows: Rows,
     config: DistillConfig,
     folder: Path,
     *,
-    validation: Validation | None,
+    validate: Callable[[Memory], float] | None,
     stop_epoch: int | None = None,
     stage: str = "distil",
     on_progress: OnProgress = ignore_progress,
 ) -> DistillReport:
     """Train `memory` in place and leave the best weights in it.
 
-    With validation rows: stops early, keeps the epoch whose mixture with the base is best.
+    With `validate`, the loss on rows held out: stops early and keeps the best epoch's weights.
     Without: trains to `stop_epoch` (or the end) of the same schedule and keeps the last weights.
     Checkpoints after every epoch in `folder`; a second call with the same arguments goes on
     from the last one.
@@ -179,17 +131,17 @@ def distill(
     while epoch < last_epoch and epoch - report.best_epoch < config.patience:
         started = time.perf_counter()
         losses = []
-        for loss in _train_epoch(memory, data, train_rows, optimizer, config, epoch, folder):
+        for loss in _train_epoch(memory, lesson, train_rows, optimizer, config, epoch, folder):
             losses.append(loss)
             done = epoch * len(train_rows) + min(len(losses) * config.batch_rows, len(train_rows))
             on_progress(ProgressEvent(stage, done, total, "rows"))
         epoch += 1
         report.train_losses.append(float(np.mean(losses)))
         report.rows_per_second = len(train_rows) / (time.perf_counter() - started)
-        if validation is not None:
-            report.validation_losses.append(validation_loss(memory, data, validation))
+        if validate is not None:
+            report.validation_losses.append(validate(memory))
         *earlier, last = report.validation_losses or [0.0]
-        if validation is None or all(last < loss for loss in earlier):
+        if validate is None or all(last < loss for loss in earlier):
             report.best_epoch = epoch
         report.seconds += time.perf_counter() - started
         _checkpoint(folder, memory, optimizer, report, epoch)
@@ -203,7 +155,7 @@ def distill(
 
 def _train_epoch(
     memory: Memory,
-    data: TrainingData,
+    lesson: Lesson,
     train_rows: Rows,
     optimizer: torch.optim.AdamW,
     config: DistillConfig,
@@ -213,13 +165,10 @@ def _train_epoch(
     """One pass over the rows; yields the loss of each step."""
     memory.train()
     device = memory.corpus_tokens.device
+    generator = torch.Generator(device).manual_seed(config.seed * 100_003 + epoch)
     steps = math.ceil(len(train_rows) / config.batch_rows)
     for number, rows in enumerate(_shuffled(train_rows, config, epoch)):
-        keys, columns, probs, next_columns = data.batch(rows)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            logits = memory(keys)
-        log_probs = logits.float().log_softmax(-1)
-        loss = distillation_loss(log_probs, columns, probs, next_columns, config.alpha)
+        loss = lesson.loss(memory, rows, generator)
         step = epoch * steps + number
         value = _finite(loss, step, folder)
         optimizer.zero_grad(set_to_none=True)
@@ -229,32 +178,6 @@ def _train_epoch(
             group["lr"] = learning_rate_at(step, steps * config.epochs, config)
         optimizer.step()
         yield value
-
-
-def validation_loss(memory: Memory, data: TrainingData, validation: Validation) -> float:
-    """Negative log-likelihood of the held-out rows under the best mixture with the base."""
-    p_memory = true_token_probabilities(memory, data, validation.rows)
-    return mixture_nll(validation.p_base, p_memory, best_lambda(validation.p_base, p_memory))
-
-
-@torch.inference_mode()
-def true_token_probabilities(
-    memory: Memory, data: TrainingData, rows: Rows, temperature: float = 1.0, batch: int = 1024
-) -> npt.NDArray[np.float64]:
-    """What the memory gives the true next token of each row. *Shape:* (R,)."""
-    training = memory.training
-    memory.eval()
-    out = np.empty(len(rows))
-    device = memory.corpus_tokens.device
-    for first in range(0, len(rows), batch):
-        keys, next_columns = data.keys_and_next(rows[first : first + batch])
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            logits = memory(keys)
-        log_probs = (logits.float() / temperature).log_softmax(-1)
-        chosen = log_probs.gather(1, next_columns[:, None]).squeeze(1)
-        out[first : first + batch] = chosen.exp().double().cpu().numpy()
-    memory.train(training)
-    return out
 
 
 def _shuffled(rows: Rows, config: DistillConfig, epoch: int) -> Iterator[Rows]:

@@ -1,8 +1,10 @@
 """The memory: feed-forward blocks from a hidden state to next-token logits.
 
-No attention and no mixing between positions (paper, section 3). Blocks are pre-norm residual
-and of the base's own MLP kind; the head covers only the tokens that occur in the corpus, since
-kNN targets have no mass elsewhere. Module names are those of the published checkpoints.
+A query-aware memory reads `[hidden state ; query vector]`, the vector being the retriever's view
+of the request; it is what tells which question is asked. No attention and no mixing between
+positions (paper, section 3). Blocks are pre-norm residual and of the base's own MLP kind; the head
+covers only the tokens that occur in the corpus, since kNN targets have no mass elsewhere. Module
+names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ class MemoryConfig:
         activation: name of the activation function, as transformers names it.
         gated: SwiGLU-like block with RMSNorm, or two-matrix block with LayerNorm.
         vocab_size: number of corpus tokens, the width of the head.
+        query_size: Q, width of the query vector; 0: the memory reads the hidden state alone.
+        hidden_scale: hidden states are divided by it, so that they and the query vector weigh
+            alike.
     """
 
     hidden_size: int
@@ -41,9 +46,24 @@ class MemoryConfig:
     activation: str
     gated: bool
     vocab_size: int
+    query_size: int = 0
+    hidden_scale: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """D + Q, width of the residual stream."""
+        return self.hidden_size + self.query_size
 
 
-def derive_config(shape: MLPShape, num_layers: int, vocab_size: int, size: str) -> MemoryConfig:
+def derive_config(
+    shape: MLPShape,
+    num_layers: int,
+    vocab_size: int,
+    size: str,
+    *,
+    query_size: int = 0,
+    hidden_scale: float = 1.0,
+) -> MemoryConfig:
     """The memory that belongs to a base model, a corpus vocabulary and a size.
 
     Raises:
@@ -58,6 +78,8 @@ def derive_config(shape: MLPShape, num_layers: int, vocab_size: int, size: str) 
         activation=shape.activation,
         gated=shape.gated,
         vocab_size=vocab_size,
+        query_size=query_size,
+        hidden_scale=hidden_scale,
     )
 
 
@@ -66,13 +88,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.width, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.width, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.width, bias=False)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* (..., D) -> (..., D)."""
+        """*Shape:* (..., W) -> (..., W)."""
         out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -82,12 +104,12 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.width, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.width)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* (..., D) -> (..., D)."""
+        """*Shape:* (..., W) -> (..., W)."""
         out: Tensor = self.down_proj(self.act(self.up_proj(x)))
         return out
 
@@ -101,18 +123,18 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.gated else PlainMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* (..., D) -> (..., D)."""
+        """*Shape:* (..., W) -> (..., W)."""
         out: Tensor = x + self.mlp(self.input_layernorm(x))
         return out
 
 
 def _norm(config: MemoryConfig) -> nn.Module:
     kind = nn.RMSNorm if config.gated else nn.LayerNorm
-    return kind(config.hidden_size, eps=1e-5)
+    return kind(config.width, eps=1e-5)
 
 
 class Memory(nn.Module):
-    """Hidden states -> logits over the corpus vocabulary.
+    """Hidden states, and the request's query vector -> logits over the corpus vocabulary.
 
     `corpus_tokens` (V,) maps a logit's column to the token id of the base model.
     """
@@ -124,12 +146,20 @@ class Memory(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = _norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("corpus_tokens", torch.zeros(config.vocab_size, dtype=torch.long))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """*Shape:* (..., D) -> (..., V)."""
-        x = hidden.to(self.lm_head.weight.dtype)
+    def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
+        """Logits; without a query vector, a query-aware memory takes that no request is known.
+
+        *Shapes:* hidden (..., D), query (..., Q), broadcast over positions -> (..., V).
+        """
+        x = hidden.to(self.lm_head.weight.dtype) / self.config.hidden_scale
+        if width := self.config.query_size:
+            shape = (*x.shape[:-1], width)
+            # A vector of length 1 becomes one of unit variance, as the hidden state is.
+            view = x.new_zeros(shape) if query is None else query.to(x).expand(shape) * width**0.5
+            x = torch.cat([x, view], dim=-1)
         for block in self.blocks():
             x = block(x)
         out: Tensor = self.lm_head(self.norm(x))
@@ -139,9 +169,11 @@ class Memory(nn.Module):
         """The blocks in order."""
         return (block for block in self.layers if isinstance(block, Block))
 
-    def log_probs(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Normalised over the corpus vocabulary, float32. *Shape:* (..., D) -> (..., V)."""
-        return F.log_softmax(self(hidden).float() / temperature, dim=-1)
+    def log_probs(
+        self, hidden: Tensor, query: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Normalised over the corpus vocabulary, float32; shapes as in `forward`."""
+        return F.log_softmax(self(hidden, query).float() / temperature, dim=-1)
 
 
 def new_memory(
@@ -161,6 +193,7 @@ def new_memory(
         for block in memory.blocks():
             for parameter in block.mlp.down_proj.parameters():
                 parameter.zero_()
-        if head is not None and head.shape == memory.lm_head.weight.shape:
-            memory.lm_head.weight.copy_(head)
+        if head is not None and head.shape[1] == config.hidden_size:
+            memory.lm_head.weight.zero_()
+            memory.lm_head.weight[:, : config.hidden_size].copy_(head)
     return memory

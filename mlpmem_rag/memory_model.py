@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.backbone import context_window
-from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
-from mlpmem_rag.prompts import STOP_STRING, Message, chats, prompt_ids
+from mlpmem_rag.prompts import Message, prompt_ids
+from mlpmem_rag.query import QueryEncoder, load_encoder
+from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
+
+NOT_KNOWN = "not in my documents"
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Answer:
         ttft_seconds: wall time from question to first token.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, the end-of-text token included.
+        confidence: probability that the answer is right; None: this memory cannot tell.
     """
 
     text: str
@@ -43,14 +50,21 @@ class Answer:
     ttft_seconds: float
     prompt_tokens: int
     new_tokens: int
+    confidence: float | None = None
 
 
 class AnswerStream:
     """Iterates over pieces of text; `answer` is there when the iteration has ended."""
 
-    def __init__(self, pieces: Generator[str, None, None], clock: _Clock) -> None:
+    def __init__(
+        self,
+        pieces: Generator[str, None, None],
+        clock: _Clock,
+        confidence: Callable[[int], float | None],
+    ) -> None:
         self._pieces = pieces
         self._clock = clock
+        self._confidence = confidence
         self._text: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
@@ -65,15 +79,24 @@ class AnswerStream:
     @property
     def answer(self) -> Answer:
         """All that was yielded so far, with its figures."""
-        return self._clock.answer("".join(self._text).strip())
+        answer = self._clock.answer("".join(self._text).strip())
+        return replace(answer, confidence=self._confidence(answer.new_tokens))
 
 
 class MemoryModel:
     """A memory on its base model, ready to answer. Safe to use from several threads."""
 
-    def __init__(self, model: MLPMemForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: MLPMemForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: QueryEncoder | None = None,
+        confidence: Confidence | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.confidence = confidence
 
     @classmethod
     def load(
@@ -90,8 +113,17 @@ class MemoryModel:
             ArtifactError: the folder is missing, damaged, or belongs to another base model.
             BaseModelError: the base model cannot be loaded.
         """
-        model, backbone = load_model(folder, base_model=base_model, device=device, dtype=dtype)
-        return cls(model, backbone.tokenizer)
+        model, backbone, settings = load_model(
+            folder, base_model=base_model, device=device, dtype=dtype
+        )
+        encoder = load_encoder(settings.encoder, backbone)
+        if (found := encoder.size if encoder else 0) != (expected := settings.memory.query_size):
+            raise ArtifactError(
+                f"query encoder {settings.encoder!r} gives vectors of width {found}, the memory "
+                f"in {folder} was trained with width {expected}; load the encoder it was trained "
+                "with, or train again"
+            )
+        return cls(model, backbone.tokenizer, encoder, settings.confidence)
 
     def answer(
         self,
@@ -99,6 +131,8 @@ class MemoryModel:
         *,
         max_new_tokens: int = 128,
         lambda_: float | None = None,
+        threshold: float = 0.0,
+        passages: Sequence[str] = (),
     ) -> Answer:
         """Answer a question (or continue a conversation), greedily.
 
@@ -106,14 +140,25 @@ class MemoryModel:
             question: the text asked, or a conversation ending with the user's message.
             max_new_tokens: most tokens to generate.
             lambda_: mixing weight of this call; None: the one chosen in training.
+            threshold: confidence below which the text is `NOT_KNOWN` instead.
+            passages: retrieved texts, for memory and RAG together: the base model reads them, and
+                of its answer and the memory's the jointly more probable one is given.
 
         Raises:
             ConfigError: empty question, or a number outside what is allowed.
         """
+        if not 0.0 <= threshold <= 1.0:
+            raise ConfigError(f"threshold = {threshold}: allowed are 0 (answer always) to 1")
         stream = self.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
         for _ in stream:
             pass
-        return stream.answer
+        answer = stream.answer
+        if passages:
+            text = question if isinstance(question, str) else question[-1]["content"]
+            answer = self._with_passages(answer, text, passages, max_new_tokens)
+        if answer.confidence is not None and answer.confidence < threshold:
+            return replace(answer, text=NOT_KNOWN)
+        return answer
 
     def stream(
         self,
@@ -127,9 +172,23 @@ class MemoryModel:
             raise ConfigError(f"max_new_tokens = {max_new_tokens}: allowed is 1 or more")
         if lambda_ is not None:
             check_lambda(lambda_)
-        token_ids = self._fit(self._prompt(question), max_new_tokens)
-        clock = _Clock(prompt_tokens=token_ids.shape[1])
-        return AnswerStream(self._generate(token_ids, max_new_tokens, lambda_, clock), clock)
+        messages = (
+            [{"role": "user", "content": question}] if isinstance(question, str) else question
+        )
+        clock = _Clock()
+        prompt = prompt_ids(self.tokenizer, messages)
+        token_ids = self._fit(prompt, max_new_tokens)
+        clock.prompt_tokens = token_ids.shape[1]
+        recorder = Recorder()
+        query = self._query_vector(messages)
+        pieces = self._generate(token_ids, query, max_new_tokens, lambda_, clock, recorder)
+
+        def confidence(new_tokens: int) -> float | None:
+            if self.confidence is None:
+                return None
+            return self.confidence.of(recorder.trace(0, new_tokens))
+
+        return AnswerStream(pieces, clock, confidence)
 
     @torch.inference_mode()
     def log_probs(self, token_ids: Sequence[int], *, lambda_: float | None = None) -> Tensor:
@@ -139,11 +198,30 @@ class MemoryModel:
         log_probs: Tensor = output.logits[0].float().log_softmax(-1)
         return log_probs
 
-    def _prompt(self, question: str | Sequence[Message]) -> list[int]:
-        messages = (
-            [{"role": "user", "content": question}] if isinstance(question, str) else question
+    def _with_passages(
+        self, remembered: Answer, question: str, passages: Sequence[str], max_new_tokens: int
+    ) -> Answer:
+        started = time.perf_counter()
+        prompts = [reading_prompt(question, passages)]
+        read = read_batch(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
+        vector = None if self.encoder is None else self.encoder.encode([question])
+        (text,) = agreed_answers(
+            self.model, self.tokenizer, [question], vector, prompts, [remembered.text], read
         )
-        return prompt_ids(self.tokenizer, messages)
+        seconds = time.perf_counter() - started
+        return replace(
+            remembered,
+            text=text,
+            seconds=remembered.seconds + seconds,
+            ttft_seconds=remembered.seconds + seconds,  # nothing is certain before the end
+            prompt_tokens=remembered.prompt_tokens + len(encoded(self.tokenizer, prompts[0])),
+        )
+
+    def _query_vector(self, messages: Sequence[Message]) -> Tensor | None:
+        """What is being asked: the user's last message. *Shape:* (1, Q)."""
+        if self.encoder is None:
+            return None
+        return torch.from_numpy(self.encoder.encode([messages[-1]["content"]]))
 
     def _fit(self, prompt: list[int], max_new_tokens: int) -> Tensor:
         room = context_window(self.model.base) - max_new_tokens
@@ -156,22 +234,18 @@ class MemoryModel:
         return torch.tensor([prompt[-room:]], device=self.model.device)
 
     def _generate(
-        self, token_ids: Tensor, max_new_tokens: int, lambda_: float | None, clock: _Clock
+        self,
+        token_ids: Tensor,
+        query_vector: Tensor | None,
+        max_new_tokens: int,
+        lambda_: float | None,
+        clock: _Clock,
+        recorder: Recorder,
     ) -> Generator[str, None, None]:
         streamer = _TimedStreamer(self.tokenizer, clock)
         cancelled = threading.Event()
         failure: list[BaseException] = []
-        base_config = self.model.generation_config
-        eos = base_config.eos_token_id
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=eos,
-            bos_token_id=base_config.bos_token_id,
-            pad_token_id=eos[0] if isinstance(eos, list) else eos,
-            stop_strings=None if chats(self.tokenizer) else [STOP_STRING],
-        )
+        config = generation_config(self.model, self.tokenizer, max_new_tokens)
 
         def work() -> None:
             try:
@@ -183,7 +257,9 @@ class MemoryModel:
                         generation_config=config,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
+                        logits_processor=LogitsProcessorList([recorder]),
                         memory_lambda=lambda_,
+                        query_vector=query_vector,
                         tokenizer=self.tokenizer,
                     )
             except BaseException as error:
@@ -205,8 +281,8 @@ class MemoryModel:
 class _Clock:
     """Times one generation."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
         self._started = time.perf_counter()
         self._tokens: list[float] = []
 
@@ -218,7 +294,7 @@ class _Clock:
             text=text,
             seconds=self._tokens[-1] if self._tokens else 0.0,
             ttft_seconds=self._tokens[0] if self._tokens else 0.0,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             new_tokens=len(self._tokens),
         )
 

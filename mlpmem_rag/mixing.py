@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.gate import Gate, gate_features
 
 Probabilities = npt.NDArray[np.floating]
 
@@ -28,18 +27,30 @@ def check_lambda(lambda_: float) -> float:
 
 
 def mix(
-    base_logits: Tensor, memory_log_probs: Tensor, corpus_tokens: Tensor, lambda_: float
+    base_logits: Tensor,
+    memory_log_probs: Tensor,
+    corpus_tokens: Tensor,
+    lambda_: float,
+    gate: Gate | None = None,
+    *,
+    asked: bool = False,
 ) -> Tensor:
     """Log-probabilities of the mixture; at lambda 0 the base's logits, untouched.
 
-    *Shapes:* base (..., W), memory (..., V), corpus_tokens (V,) -> (..., W), with W the base's
-    vocabulary. Tokens outside the corpus have no memory mass.
+    A gate lowers lambda token by token, in one way where a request is known (`asked`) and in
+    another where none is. *Shapes:* base (..., W), memory (..., V),
+    corpus_tokens (V,) -> (..., W), with W the base's vocabulary. Tokens outside the corpus have
+    no memory mass.
     """
     if lambda_ == 0.0:
         return base_logits
-    log_keep = math.log1p(-lambda_) if lambda_ < 1.0 else -math.inf
-    mixed = base_logits.float().log_softmax(-1) + log_keep
-    there = torch.logaddexp(mixed[..., corpus_tokens], memory_log_probs + math.log(lambda_))
+    base = base_logits.float().log_softmax(-1)
+    weight = torch.tensor(lambda_, device=base.device)
+    if gate is not None:
+        features = gate_features(memory_log_probs, base, corpus_tokens)
+        weight = (lambda_ * gate.opening(features, asked=asked))[..., None]
+    mixed = base + torch.log1p(-weight)
+    there = torch.logaddexp(mixed[..., corpus_tokens], memory_log_probs + torch.log(weight))
     return mixed.index_copy(-1, corpus_tokens, there)
 
 

@@ -6,7 +6,7 @@ At lambda 0 it returns the base model's output, untouched.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from mlpmem_rag.artifact import (
     verify_files,
 )
 from mlpmem_rag.backbone import Backbone, HiddenTap, load_backbone, resolve_layer
-from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.gate import Gate
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.mixing import check_lambda, mix
 
@@ -42,12 +43,14 @@ class MLPMemConfig(PreTrainedConfig):
         layer: int = 0,
         memory_lambda: float = 0.0,
         memory_temperature: float = 1.0,
+        gate: dict[str, Any] | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         self.base_config = base_config  # first: validation in the base class asks for it
         self.layer = layer
         self.memory_lambda = memory_lambda
         self.memory_temperature = memory_temperature
+        self.gate = gate
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:  # noqa: ANN401
@@ -73,10 +76,12 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
         self._tapped = (tapped,)  # in a tuple: a second registration would double its weights
         self.generation_config = base.generation_config
         self._memory_lambda = check_lambda(config.memory_lambda)
+        gate = config.gate
+        self.gate = Gate(**{n: tuple(w) for n, w in gate.items()}) if gate else None
 
     @property
     def memory_lambda(self) -> float:
-        """Mixing weight: 0 is the base model alone, 1 the memory alone."""
+        """Mixing weight: 0 is the base model alone, 1 the memory alone where its gate is open."""
         return self._memory_lambda
 
     @memory_lambda.setter
@@ -100,10 +105,10 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
         """The base's, since every architecture has its own needs."""
-        memory_lambda = kwargs.pop("memory_lambda", None)
+        mine = {name: kwargs.pop(name, None) for name in ("memory_lambda", "query_vector")}
         base: Any = self.base  # torch types submodules as tensors or modules
         inputs: dict[str, Any] = base.prepare_inputs_for_generation(*args, **kwargs)
-        return {**inputs, "memory_lambda": memory_lambda}
+        return {**inputs, **mine}
 
     def forward(
         self,
@@ -116,6 +121,7 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         memory_lambda: float | None = None,
+        query_vector: Tensor | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> CausalLMOutputWithPast:
         """Log-probabilities of the mixture as `logits` (the base's own logits at lambda 0).
@@ -130,10 +136,12 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache.
             logits_to_keep: as in transformers; the memory, too, runs on these positions only.
             memory_lambda: mixing weight of this call instead of the model's.
+            query_vector: what is asked, as the memory's encoder sees it; the same on every step
+                of a generation. None: no request is known. *Shape:* (B, Q).
             **kwargs: everything else the base model takes.
 
         Raises:
-            ConfigError: lambda outside 0..1.
+            ConfigError: lambda outside 0..1, or query vectors of another number or width.
         """
         lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
         with HiddenTap(self._tapped[0]).listen() as tap:
@@ -154,10 +162,18 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
+            query = self._checked(query_vector, len(hidden))
             memory_log_probs = self.memory.log_probs(
-                hidden[:, kept], self.config.memory_temperature
+                hidden[:, kept], query, self.config.memory_temperature
             )
-            logits = mix(logits, memory_log_probs, self.memory.corpus_tokens, lambda_)
+            logits = mix(
+                logits,
+                memory_log_probs,
+                self.memory.corpus_tokens,
+                lambda_,
+                self.gate,
+                asked=query is not None,
+            )
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
@@ -170,6 +186,18 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _checked(self, query_vector: Tensor | None, batch: int) -> Tensor | None:
+        """The vectors as the memory takes them. *Shape:* (B, Q) -> (B, 1, Q)."""
+        width = self.memory.config.query_size
+        if query_vector is None or width == 0:
+            return None
+        if query_vector.shape != (batch, width):
+            raise ConfigError(
+                f"query_vector has shape {tuple(query_vector.shape)}; this memory takes "
+                f"{(batch, width)}, one vector for each sequence"
+            )
+        return query_vector[:, None].to(self.device)
 
 
 def attach_memory(
@@ -191,6 +219,7 @@ def attach_memory(
         layer=settings.layer,
         memory_lambda=settings.memory_lambda,
         memory_temperature=settings.memory_temperature,
+        gate=asdict(settings.gate) if settings.gate else None,
     )
     memory = memory.to(device=backbone.device, dtype=backbone.model.dtype)
     model = MLPMemForCausalLM(config, backbone.model, memory, backbone.mlp)
@@ -204,7 +233,7 @@ def load_model(
     base_model: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-) -> tuple[MLPMemForCausalLM, Backbone]:
+) -> tuple[MLPMemForCausalLM, Backbone, MemorySettings]:
     """Load a memory and its base model from a folder written by training.
 
     Args:
@@ -232,4 +261,4 @@ def load_model(
     check_base(settings, backbone.reference)  # before the layer, which another base may not have
     layer = resolve_layer(settings.layer, backbone.num_layers)
     backbone = replace(backbone, layer=layer)
-    return attach_memory(backbone, memory, settings), backbone
+    return attach_memory(backbone, memory, settings), backbone, settings

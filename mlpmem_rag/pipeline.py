@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,32 @@ from mlpmem_rag.artifact import (
     save_artifact,
     verify_files,
 )
-from mlpmem_rag.config import TrainConfig, resolve_config, resolved
+from mlpmem_rag.calibrate import Calibration
+from mlpmem_rag.config import TrainConfig, optimisation, resolve_config, resolved
 from mlpmem_rag.corpus import Corpus
+from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillReport
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory import Memory
-from mlpmem_rag.neighbors import import_faiss
+from mlpmem_rag.neighbors import Neighbors, import_faiss
 from mlpmem_rag.output import is_memory, output_folder
-from mlpmem_rag.plan import Plan, make_plan
+from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
 from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.query import NONE
 from mlpmem_rag.report import TrainReport, model_card
-from mlpmem_rag.split import split_rows
+from mlpmem_rag.split import Split, split_rows
 from mlpmem_rag.storage import folder_bytes
-from mlpmem_rag.targets import derive_tau
-from mlpmem_rag.training import STAGES, Prepared, Stages, prepare, run_key
+from mlpmem_rag.targets import Targets, derive_tau
+from mlpmem_rag.training import (
+    MEMORY_LAMBDA,
+    STAGES,
+    UNGATED_LAMBDA,
+    Prepared,
+    Stages,
+    Tuned,
+    prepare,
+    run_key,
+)
 
 
 def train(
@@ -115,8 +127,21 @@ def _plan(prepared: Prepared, config: TrainConfig, out: Path) -> Plan:
         size=config.size,
         k=config.neighbors,
         held_out=config.held_out,
-        distill=config.distill,
+        distill=optimisation(config),
+        query_size=0 if config.recipe == "paper" else QUERY_SIZE,
     )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A memory with what its training has found out."""
+
+    memory: Memory
+    distilled: DistillReport
+    tuned: Tuned
+    questions: int = 0
+    study_rows: int = 0
+    calibration: Calibration | None = None
 
 
 def _train(
@@ -142,6 +167,50 @@ def _train(
     tau = config.tau or derive_tau(neighbors, next_tokens, split.train, seed=config.seed)
     targets = stages.targets(neighbors, next_tokens, tau)
 
+    teach = _imitate if config.recipe == "paper" else _study
+    trained = teach(stages, datastore, neighbors, targets, split, tau)
+
+    memory, calibration = trained.memory, trained.calibration
+    report = TrainReport(
+        out=str(out),
+        recipe=config.recipe,
+        base_model=prepared.backbone.reference.name,
+        layer=prepared.backbone.layer,
+        documents=len(prepared.corpus.documents),
+        skipped=tuple((s.source, s.reason) for s in prepared.corpus.skipped),
+        tokens=prepared.tokens,
+        rows=datastore.num_rows,
+        questions=trained.questions,
+        study_rows=trained.study_rows,
+        vocabulary=memory.config.vocab_size,
+        parameters=sum(p.numel() for p in memory.parameters()),
+        tau=tau,
+        kept_mass=targets.kept_mass,
+        epochs=trained.distilled.best_epoch,
+        memory_lambda=trained.tuned.lambda_,
+        memory_temperature=trained.tuned.temperature,
+        held_out_by=split.held_out_by,
+        perplexity=trained.tuned.perplexity,
+        study=calibration.figures if calibration else None,
+        seconds=stages.seconds(),
+        datastore_bytes=sum(
+            folder_bytes(work / n) for n in ("datastore", "neighbors", "targets", "study")
+        ),
+        memory_bytes=sum(t.numel() * t.element_size() for t in memory.state_dict().values()),
+    )
+    _save(report, prepared, config, trained, run)
+    return report
+
+
+def _imitate(
+    stages: Stages,
+    datastore: Datastore,
+    neighbors: Neighbors,
+    targets: Targets,
+    split: Split,
+    tau: float,
+) -> _Trained:
+    """The paper's recipe."""
     # Distilled without the held-out documents, to find out when to stop and what it is worth.
     p_base = stages.base_scores(split)
     memory, distilled = stages.distil(datastore, targets, split, p_base)
@@ -150,47 +219,56 @@ def _train(
     # The memory that is kept has learned the held-out documents too, for as many epochs.
     if len(split.validation):
         memory = stages.refit(datastore, targets, distilled.best_epoch)
+    return _Trained(memory, distilled, tuned)
 
-    report = TrainReport(
-        out=str(out),
-        base_model=prepared.backbone.reference.name,
-        layer=prepared.backbone.layer,
-        documents=len(prepared.corpus.documents),
-        skipped=tuple((s.source, s.reason) for s in prepared.corpus.skipped),
-        tokens=prepared.tokens,
-        rows=datastore.num_rows,
-        vocabulary=memory.config.vocab_size,
-        parameters=sum(p.numel() for p in memory.parameters()),
-        tau=tau,
-        kept_mass=targets.kept_mass,
-        epochs=distilled.best_epoch,
-        memory_lambda=tuned.lambda_,
-        memory_temperature=tuned.temperature,
-        held_out_by=split.held_out_by,
-        perplexity=tuned.perplexity,
-        seconds=stages.seconds(),
-        datastore_bytes=sum(folder_bytes(work / n) for n in ("datastore", "neighbors", "targets")),
-        memory_bytes=sum(t.numel() * t.element_size() for t in memory.state_dict().values()),
-    )
-    _save(report, prepared, config, memory, run, distilled)
-    return report
+
+def _study(
+    stages: Stages,
+    datastore: Datastore,
+    neighbors: Neighbors,
+    targets: Targets,
+    split: Split,
+    tau: float,
+) -> _Trained:
+    """Self-study: the corpus and the answers to questions written from it."""
+    questions = stages.questions()
+    studied = stages.study(questions)
+
+    # Learned without the held-out documents and a share of the questions, to find out how far
+    # the memory is to be trusted.
+    held_out = stages.split_questions(questions, datastore, split)
+    memory, distilled = stages.learn(datastore, targets, studied, split.train, held_out.train)
+    if not held_out.calibrates:
+        tuned, calibration = Tuned(UNGATED_LAMBDA), None
+    else:
+        calibration, perplexity = stages.calibrate(
+            memory, datastore, neighbors, studied, split, held_out, tau
+        )
+        tuned = Tuned(MEMORY_LAMBDA, perplexity=perplexity)
+
+        # The memory that is kept learns the rest as well.
+        memory = stages.finish(memory, datastore, targets, studied)
+    return _Trained(memory, distilled, tuned, len(questions), studied.rows.num_rows, calibration)
 
 
 def _save(
     report: TrainReport,
     prepared: Prepared,
     config: TrainConfig,
-    memory: Memory,
+    trained: _Trained,
     run: str,
-    distilled: DistillReport,
 ) -> None:
     training = asdict(config)
+    calibration = trained.calibration
     settings = MemorySettings(
         base=prepared.backbone.reference,
         layer=report.layer,
-        memory=memory.config,
+        memory=trained.memory.config,
         memory_lambda=report.memory_lambda,
         memory_temperature=report.memory_temperature,
+        encoder=config.encoder if trained.memory.config.query_size else NONE,
+        gate=calibration.gate if calibration else None,
+        confidence=calibration.confidence if calibration else None,
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -198,10 +276,11 @@ def _save(
         run=run,
         corpus={"fingerprint": prepared.corpus.fingerprint, "documents": report.documents},
         training=training,
-        figures={**report.to_dict(), "distillation": asdict(distilled)},
+        figures={**report.to_dict(), "distillation": asdict(trained.distilled)},
         versions=library_versions(),
     )
-    save_artifact(Path(report.out), settings, memory, manifest, model_card(report, training))
+    card = model_card(report, training)
+    save_artifact(Path(report.out), settings, trained.memory, manifest, card)
 
 
 def library_versions() -> dict[str, str]:

@@ -13,14 +13,24 @@ import torch
 
 from mlpmem_rag.backbone import Backbone, mlp_shape
 from mlpmem_rag.datastore import BATCH_TOKENS
-from mlpmem_rag.distill import DistillConfig, distillation_loss
+from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.hardware import has_bfloat16
+from mlpmem_rag.lessons import distillation_loss
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import FLAT_MAX_ROWS, QUERY_BATCH
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.windows import Window
 
+FINISHING = 0.25
+"""Epochs that end a self-study with what had been held out, as a share of all epochs."""
+QUERY_SIZE = 384
+"""Width of the usual sentence encoders' vectors, near enough for a plan."""
+
+STUDY_ROWS_PER_TOKEN = 5.5
+"""Rows along the answers of the questions that rules write from a token of English prose."""
+STUDY_TOKENS_PER_TOKEN = 35
+"""Tokens of these questions and answers, without the prompts' common beginning."""
 RUNTIME_BYTES = 600 * 2**20
 """What Python, torch and FAISS take before any data is there."""
 
@@ -76,12 +86,17 @@ def make_plan(
     k: int,
     held_out: float,
     distill: DistillConfig,
+    query_size: int = 0,
 ) -> Plan:
-    """Count what a run needs and measure how fast this machine does its parts (seconds)."""
+    """Count what a run needs and measure how fast this machine does its parts (seconds).
+
+    With a query size, questions are studied as well; how many there will be is an estimate.
+    """
     rows = sum(window.num_rows for window in windows)
     tokens = np.unique(np.concatenate([window.token_ids[window.context :] for window in windows]))
     shape = mlp_shape(backbone.model, backbone.layer)
-    config = derive_config(shape, backbone.num_layers, len(tokens), size)
+    config = derive_config(shape, backbone.num_layers, len(tokens), size, query_size=query_size)
+    study_rows = round(STUDY_ROWS_PER_TOKEN * rows) if query_size else 0
     memory = new_memory(config, torch.from_numpy(tokens.astype(np.int64)), None, seed=0)
     parameters = sum(p.numel() for p in memory.parameters())
     width = backbone.hidden_size
@@ -99,6 +114,7 @@ def make_plan(
             rows * (2 * width + 12)  # keys and provenance
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
+            + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=(
@@ -107,9 +123,10 @@ def make_plan(
             + 4 * width * min(rows, FLAT_MAX_ROWS)  # flat index
             + QUERY_BATCH * k * 64
             + 4 * parameters * 6
+            + study_rows * (2 * width + 2 * query_size)
         ),
         free_disk_bytes=shutil.disk_usage(_existing(out)).free,
-        seconds=_project(backbone, memory, rows, computed, held_out, distill),
+        seconds=_project(backbone, memory, rows, study_rows, computed, held_out, distill),
     )
 
 
@@ -124,6 +141,7 @@ def _project(
     backbone: Backbone,
     memory: Memory,
     rows: int,
+    study_rows: int,
     computed: int,
     held_out: float,
     distill: DistillConfig,
@@ -132,11 +150,15 @@ def _project(
     step = _step_seconds(memory, backbone.device, distill)
     searched = min(rows, FLAT_MAX_ROWS)
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
+    if study_rows:
+        forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward
+        epochs_rows = distill.epochs * (rows + study_rows) * (1 + (FINISHING if held_out else 0))
     return {
         "datastore": computed * forward,
         "neighbors": rows * searched * _multiply_seconds(backbone.hidden_size),
         "targets": rows * 2e-4,
         "base scores": 2 * held_out * computed * forward * 3,  # with the output head
+        **({"study": forward_study} if study_rows else {}),
         "distil": epochs_rows / distill.batch_rows * step,
     }
 
@@ -178,7 +200,7 @@ def _step_seconds(memory: Memory, device: torch.device, config: DistillConfig) -
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
             logits = memory(keys)
         log_probs = logits.float().log_softmax(-1)
-        distillation_loss(log_probs, columns, probs, columns[:, 0], config.alpha).backward()
+        distillation_loss(log_probs, columns, probs, columns[:, 0], 0.4).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

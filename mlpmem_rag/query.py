@@ -108,3 +108,8 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
             f"a sentence-transformers model, the embedded {MINILM!r}, {POOLED!r} or {NONE!r}"
         ) from error
     return SentenceEncoder(name, model)
+
+
+def encoded(encoder: QueryEncoder | None, texts: Sequence[str]) -> Vectors:
+    """Without an encoder, vectors of width 0."""
+    return np.zeros((len(texts), 0), np.float32) if encoder is None else encoder.encode(texts)

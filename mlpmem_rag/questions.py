@@ -16,6 +16,10 @@ from mlpmem_rag.corpus import Document
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.storage import replace_file
 
+RULES = "rules"
+BASE_MODEL = "base-model"
+WRITERS = (RULES, BASE_MODEL)
+
 
 @dataclass(frozen=True, slots=True)
 class Question:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlpmem_rag.calibrate import StudyFigures
 from mlpmem_rag.heldout import Perplexities
 
 
@@ -15,12 +16,15 @@ class TrainReport:
 
     Attributes:
         out: folder the memory is in.
+        recipe: how it was taught.
         base_model: what it belongs to.
         layer: decoder layer whose MLP input it reads.
         documents: number of documents trained on.
         skipped: sources left out, with the reason.
         tokens: tokens of all documents.
         rows: rows of the datastore.
+        questions: questions written from the documents.
+        study_rows: rows along their answers.
         vocabulary: distinct tokens the memory can predict.
         parameters: number of the memory's parameters.
         tau: temperature of the neighbours' votes.
@@ -30,18 +34,22 @@ class TrainReport:
         memory_temperature: chosen there too.
         held_out_by: "document", "passage", or None where the corpus was too small to hold out.
         perplexity: on the test documents; None where nothing was held out.
+        study: what became of the questions; None where there were none or too few.
         seconds: of each stage.
         datastore_bytes: keys, provenance, neighbours and targets on the disk.
         memory_bytes: the artifact on the disk.
     """
 
     out: str
+    recipe: str
     base_model: str
     layer: int
     documents: int
     skipped: tuple[tuple[str, str], ...]
     tokens: int
     rows: int
+    questions: int
+    study_rows: int
     vocabulary: int
     parameters: int
     tau: float
@@ -51,6 +59,7 @@ class TrainReport:
     memory_temperature: float
     held_out_by: str | None
     perplexity: Perplexities | None
+    study: StudyFigures | None
     seconds: dict[str, float]
     datastore_bytes: int
     memory_bytes: int
@@ -76,6 +85,8 @@ class TrainReport:
             perplexity = dict(values["perplexity"])
             perplexity.pop("kept_gain", None)
             values["perplexity"] = Perplexities(**perplexity)
+        if values["study"] is not None:
+            values["study"] = StudyFigures(**values["study"])
         values["skipped"] = tuple((source, reason) for source, reason in values["skipped"])
         return cls(**values)
 

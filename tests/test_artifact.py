@@ -35,8 +35,11 @@ from mlpmem_rag.artifact import (
     verify_files,
 )
 from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.errors import ArtifactError, BaseModelError
+from mlpmem_rag.gate import Gate
 from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import attach_memory, load_model
 
 FILES = (CONFIG, WEIGHTS, MANIFEST, CARD)
@@ -71,7 +74,7 @@ def save(folder: Path, backbone: Backbone, seed: int = 0) -> None:
 
 
 def logits(folder: Path, base_model: str | None = None) -> Tensor:
-    model, _ = load_model(folder, base_model=base_model, device="cpu", dtype="float32")
+    model, _, _ = load_model(folder, base_model=base_model, device="cpu", dtype="float32")
     with torch.no_grad():
         out: Tensor = model(input_ids=IDS).logits
     return out
@@ -144,6 +147,30 @@ def test_settings_and_manifest_come_back(folder: Path, tiny_backbone: Backbone) 
         name: (folder / name).stat().st_size for name in (CONFIG, WEIGHTS, CARD)
     }
     verify_files(folder, found)
+
+
+def test_gate_confidence_and_encoder_come_back(folder: Path, tiny_backbone: Backbone) -> None:
+    settings, memory = random_memory(tiny_backbone)
+    gate = Gate((0.1, -1 / 3, 2.0, 0.0, 1e-7, 5.0), (0.2,) * 6)
+    confidence = Confidence((0.5, -0.25, 1 / 7, 0.0, 3.0, -2.0, 1.0))
+    settings = replace(settings, encoder="pooled", gate=gate, confidence=confidence)
+    save_artifact(folder, settings, memory, manifest(), "# Card\n")
+    assert load_settings(folder) == settings
+    model, backbone, found = load_model(folder, device="cpu", dtype="float32")
+    assert found == settings
+    assert backbone.layer == settings.layer
+    with torch.no_grad():
+        expected = attach_memory(tiny_backbone, memory, settings)(input_ids=IDS).logits
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+        ungated = attach_memory(tiny_backbone, memory, replace(settings, gate=None))
+        assert not torch.allclose(ungated(input_ids=IDS).logits, expected, atol=0.01)
+
+
+def test_an_encoder_of_another_width_is_refused(folder: Path, tiny_backbone: Backbone) -> None:
+    settings, memory = random_memory(tiny_backbone)
+    save_artifact(folder, replace(settings, encoder="pooled"), memory, manifest(), "# Card\n")
+    with pytest.raises(ArtifactError, match="'pooled' gives vectors of width 32, .* width 0;"):
+        MemoryModel.load(folder, device="cpu", dtype="float32")
 
 
 def test_the_folder_holds_only_json_safetensors_and_text(folder: Path) -> None:
@@ -346,6 +373,17 @@ def test_a_newer_format_is_refused_with_both_versions(folder: Path) -> None:
         ("base", {"name": "x"}),
         ("memory", {"hidden_size": 32}),
         ("memory", None),
+        ("gate", {"asked": [0.0] * 6}),
+        ("gate", {"asked": [0.0] * 6, "plain": [0.0] * 5}),
+        ("gate", {"asked": [0.0] * 6, "plain": [0.0] * 5 + [float("nan")]}),
+        ("gate", {"asked": [0.0] * 6, "plain": 3}),
+        ("gate", [0.0]),
+        ("gate", "open"),
+        ("confidence", {"weights": [0.0] * 6}),
+        ("confidence", {"weights": [0.0] * 6 + [float("inf")]}),
+        ("confidence", {"weights": None}),
+        ("confidence", {}),
+        ("confidence", 0.5),
     ],
 )
 def test_settings_out_of_range_are_refused(folder: Path, setting: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Training: the loss, what it learns, when it stops, how it goes on."""
+"""Training on corpus text: the loss, what it learns, when it stops, how it goes on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ from mlpmem_rag.distill import (
     DistillConfig,
     DistillReport,
     Rows,
-    TrainingData,
-    Validation,
     distill,
-    distillation_loss,
     learning_rate_at,
-    true_token_probabilities,
 )
 from mlpmem_rag.errors import ConfigError, TrainingError
+from mlpmem_rag.lessons import Columns, TextLesson, distillation_loss
 from mlpmem_rag.memory import Memory, MemoryConfig, new_memory
-from mlpmem_rag.mixing import best_lambda, mixture_nll
+from mlpmem_rag.mixing import Probabilities, best_lambda, mixture_nll
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.targets import Targets
 
@@ -35,6 +32,7 @@ FIRST, SECOND = [2, 5, 8, 21], [3, 13, 2, 5]
 """Contexts come in four kinds; each has a likely next token and a less likely one."""
 SHARE = 0.7
 TRAIN, HELD_OUT = np.arange(240), np.arange(240, 320)
+POOR_BASE = np.full(len(HELD_OUT), 1e-3)
 
 
 class Task:
@@ -54,40 +52,41 @@ class Task:
         token_ids = np.stack([np.take(FIRST, kind), np.take(SECOND, kind), unused], 1)
         probs = np.tile(np.array([SHARE, 1 - SHARE, 0], dtype=np.float16), (320, 1))
         self.targets = Targets(token_ids.astype(np.int32), probs, tau=1.0, kept_mass=1.0)
-        self.validation = Validation(HELD_OUT, np.full(len(HELD_OUT), 1e-3))
 
     def memory(self) -> Memory:
         config = MemoryConfig(16, 32, 1, "silu", gated=True, vocab_size=len(CORPUS_TOKENS))
         return new_memory(config, CORPUS_TOKENS, None, seed=0)
 
-    def data(self, memory: Memory) -> TrainingData:
-        return TrainingData(self.store, self.targets, memory, vocab_size=30)
+    def lesson(self, memory: Memory, alpha: float = 0.4) -> TextLesson:
+        columns = Columns(memory, vocab_size=30)
+        return TextLesson(self.store, self.targets, columns, alpha=alpha)
 
     def train(
         self,
         folder: Path,
         config: DistillConfig,
         *,
-        validation: Validation | None = None,
+        alpha: float = 0.4,
+        p_base: Probabilities | None = None,
         stop_epoch: int | None = None,
         on_progress: OnProgress = ignore_progress,
     ) -> tuple[Memory, DistillReport]:
         memory = self.memory()
         report = distill(
             memory,
-            self.data(memory),
+            self.lesson(memory, alpha),
             TRAIN,
             config,
             folder,
-            validation=validation,
+            validate=None if p_base is None else lambda m: self.validation_loss(m, p_base),
             stop_epoch=stop_epoch,
             on_progress=on_progress,
         )
         return memory, report
 
-    def validation_loss(self, memory: Memory, validation: Validation) -> float:
-        p_memory = true_token_probabilities(memory, self.data(memory), validation.rows)
-        return mixture_nll(validation.p_base, p_memory, best_lambda(validation.p_base, p_memory))
+    def validation_loss(self, memory: Memory, p_base: Probabilities) -> float:
+        p_memory = self.lesson(memory).true_token_probabilities(memory, HELD_OUT)
+        return mixture_nll(p_base, p_memory, best_lambda(p_base, p_memory))
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +132,22 @@ def test_sparse_loss_equals_the_dense_one(alpha: float) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_batches_speak_of_columns_instead_of_token_ids(task: Task) -> None:
-    rows = np.array([3, 77, 200])
-    keys, columns, probs, truth = task.data(task.memory()).batch(rows)
-    torch.testing.assert_close(keys, torch.from_numpy(task.store.keys(rows)))
-    torch.testing.assert_close(probs.sum(1), torch.ones(3), rtol=0, atol=1e-3)
-    np.testing.assert_array_equal(CORPUS_TOKENS[truth], task.store.next_tokens[rows])
-    used = probs > 0
-    np.testing.assert_array_equal(used, task.targets.token_ids[rows] >= 0)
-    np.testing.assert_array_equal(
-        CORPUS_TOKENS[columns][used], task.targets.token_ids[rows][used.numpy()]
-    )
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_the_loss_of_rows_equals_one_over_all_token_ids(task: Task, alpha: float) -> None:
+    """Targets and next tokens are ids of the base's vocabulary, places without a target -1."""
+    rows, memory = np.array([3, 77, 200]), task.memory()
+    found = task.lesson(memory, alpha).loss(memory, rows, torch.Generator())
+    full = torch.full((3, 30), -100.0)
+    full[:, CORPUS_TOKENS] = memory.log_probs(torch.from_numpy(task.store.keys(rows)))
+    token_ids, probs = task.targets.token_ids[rows], task.targets.probs[rows].astype(np.float32)
+    dense = np.zeros((3, 30), dtype=np.float32)
+    for row in range(3):
+        for token, prob in zip(token_ids[row], probs[row], strict=True):
+            dense[row, token] += prob if token >= 0 else 0
+    expected = alpha * F.kl_div(full, torch.from_numpy(dense), reduction="batchmean")
+    truth = torch.from_numpy(task.store.next_tokens[rows].astype(np.int64))
+    expected = expected + (1 - alpha) * F.nll_loss(full, truth)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # bfloat16 where it is fast
 
 
 def test_learning_rate_rises_then_falls() -> None:
@@ -156,8 +160,8 @@ def test_learning_rate_rises_then_falls() -> None:
 
 
 def test_the_memory_learns_the_targets(tmp_path: Path, task: Task) -> None:
-    config = DistillConfig(alpha=1.0, learning_rate=1e-2, epochs=15, batch_rows=32)
-    memory, report = task.train(tmp_path, config)
+    config = DistillConfig(learning_rate=1e-2, epochs=15, batch_rows=32)
+    memory, report = task.train(tmp_path, config, alpha=1.0)
     assert report.train_losses[-1] < 0.02 < 0.5 < report.train_losses[0]
     assert report.best_epoch == 15
     assert not memory.training
@@ -180,15 +184,19 @@ def test_gradients_are_clipped(tmp_path: Path, task: Task) -> None:
 def test_validation_rows_are_not_trained_on(tmp_path: Path, task: Task) -> None:
     seen: list[Rows] = []
 
-    class Recording(TrainingData):
-        def batch(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    class Recording(TextLesson):
+        def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
             seen.append(rows)
-            return super().batch(rows)
+            return super().loss(memory, rows, generator)
 
     memory = task.memory()
-    data = Recording(task.store, task.targets, memory, vocab_size=30)
+    lesson = Recording(task.store, task.targets, Columns(memory, vocab_size=30), alpha=0.4)
     config = DistillConfig(epochs=2, batch_rows=100)
-    distill(memory, data, TRAIN, config, tmp_path, validation=task.validation)
+
+    def validate(memory: Memory) -> float:
+        return task.validation_loss(memory, POOR_BASE)
+
+    distill(memory, lesson, TRAIN, config, tmp_path, validate=validate)
     first, second = np.concatenate(seen[:3]), np.concatenate(seen[3:])
     np.testing.assert_array_equal(np.sort(first), TRAIN)
     np.testing.assert_array_equal(np.sort(second), TRAIN)
@@ -197,7 +205,7 @@ def test_validation_rows_are_not_trained_on(tmp_path: Path, task: Task) -> None:
 
 def test_true_token_probabilities(task: Task) -> None:
     memory = task.memory()
-    found = true_token_probabilities(memory, task.data(memory), HELD_OUT, 0.5, batch=33)
+    found = task.lesson(memory).true_token_probabilities(memory, HELD_OUT, 0.5, batch=33)
     with torch.no_grad():
         log_probs = memory.log_probs(torch.from_numpy(task.store.keys(HELD_OUT)), temperature=0.5)
     columns = [CORPUS_TOKENS.tolist().index(t) for t in task.store.next_tokens[HELD_OUT]]
@@ -211,20 +219,19 @@ def test_true_token_probabilities(task: Task) -> None:
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path: Path, unlearnable: Task) -> None:
     config = DistillConfig(learning_rate=1e-2, epochs=12, batch_rows=16, patience=2)
-    validation = unlearnable.validation
-    memory, report = unlearnable.train(tmp_path, config, validation=validation)
+    memory, report = unlearnable.train(tmp_path, config, p_base=POOR_BASE)
     losses = report.validation_losses
     assert len(losses) == len(report.train_losses) == report.best_epoch + 2 < 12
     assert losses[report.best_epoch - 1] == min(losses) < losses[-1]
-    assert unlearnable.validation_loss(memory, validation) == pytest.approx(min(losses))
+    assert unlearnable.validation_loss(memory, POOR_BASE) == pytest.approx(min(losses))
     assert equal(memory, load_file(tmp_path / "best.safetensors"))
 
 
 def test_no_better_loss_ends_training(tmp_path: Path, task: Task) -> None:
     """A base that is always right: lambda is 0 and the loss the same after every epoch."""
-    perfect = Validation(HELD_OUT, np.ones(len(HELD_OUT)))
+    perfect = np.ones(len(HELD_OUT))
     config = DistillConfig(epochs=6, batch_rows=120, patience=2)
-    _, report = task.train(tmp_path, config, validation=perfect)
+    _, report = task.train(tmp_path, config, p_base=perfect)
     assert report.best_epoch == 1
     assert len(report.validation_losses) == 3
 
@@ -249,14 +256,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, unlearnable: Task, at: float
 ) -> None:
     config = DistillConfig(learning_rate=1e-2, epochs=4, batch_rows=32, patience=4)
-    validation = unlearnable.validation
-    once, expected = unlearnable.train(tmp_path / "once", config, validation=validation)
+    once, expected = unlearnable.train(tmp_path / "once", config, p_base=POOR_BASE)
     stop = interrupt_at(int(at * len(TRAIN)))
     with pytest.raises(KeyboardInterrupt):
-        unlearnable.train(tmp_path / "twice", config, validation=validation, on_progress=stop)
+        unlearnable.train(tmp_path / "twice", config, p_base=POOR_BASE, on_progress=stop)
     events: list[ProgressEvent] = []
     twice, report = unlearnable.train(
-        tmp_path / "twice", config, validation=validation, on_progress=events.append
+        tmp_path / "twice", config, p_base=POOR_BASE, on_progress=events.append
     )
     assert events[0].done == (np.ceil(at) - 1) * len(TRAIN)
     assert equal(once, twice)
@@ -295,8 +301,8 @@ def test_a_loss_that_is_not_finite_names_step_and_folder(tmp_path: Path, task: T
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"alpha": -0.1},
-        {"alpha": 1.1},
+        {"warmup": 1.0},
+        {"seed": -1},
         {"learning_rate": 0.0},
         {"clip": 0.0},
         {"epochs": 0},
@@ -305,5 +311,11 @@ def test_a_loss_that_is_not_finite_names_step_and_folder(tmp_path: Path, task: T
     ],
 )
 def test_settings_outside_what_is_allowed(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"alpha|above 0|at least 1"):
+    with pytest.raises(ConfigError, match=r"allowed are|at least 1"):
         DistillConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_a_share_of_the_kl_outside_is_refused(task: Task, alpha: float) -> None:
+    with pytest.raises(ConfigError, match=rf"alpha = {alpha}: allowed are 0 .* to 1"):
+        task.lesson(task.memory(), alpha)

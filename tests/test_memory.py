@@ -128,3 +128,100 @@ def test_a_head_of_another_width_is_not_taken() -> None:
     memory = new_memory(SHAPES["gated"], CORPUS_TOKENS, head, seed=0)
     drawn = new_memory(SHAPES["gated"], CORPUS_TOKENS, None, seed=0)
     assert torch.equal(memory.lm_head.weight, drawn.lm_head.weight)
+
+
+# Query-aware.
+
+
+def aware(kind: str, scale: float = 1.0) -> Memory:
+    config = dataclasses.replace(SHAPES[kind], query_size=6, hidden_scale=scale)
+    return randomised(config)
+
+
+def queries(*shape: int) -> Tensor:
+    vectors = torch.randn(*shape, 6, generator=torch.Generator().manual_seed(5))
+    return F.normalize(vectors, dim=-1)
+
+
+@pytest.mark.parametrize(("kind", "by_hand"), [("gated", gated_by_hand), ("plain", plain_by_hand)])
+def test_a_query_stands_beside_the_hidden_state(kind: str, by_hand: object) -> None:
+    """Both of unit variance: the state by its scale, the vector of length 1 by its width."""
+    assert callable(by_hand)
+    memory, x, query = aware(kind, scale=2.5), hidden(4), queries(4)
+    assert memory(x, query).shape == (4, 7)
+    with torch.no_grad():
+        both = torch.cat([x / 2.5, query * 6**0.5], -1)
+        torch.testing.assert_close(memory(x, query), by_hand(memory.state_dict(), both))
+        expected = (memory(x, query) / 0.7).log_softmax(-1)
+        torch.testing.assert_close(memory.log_probs(x, query, 0.7), expected)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_query_of_a_sequence_serves_all_its_positions(kind: str) -> None:
+    memory, x, query = aware(kind), hidden(2, 3), queries(2)
+    with torch.no_grad():
+        found = memory(x, query[:, None])
+        assert found.shape == (2, 3, 7)
+        for line in range(2):
+            for place in range(3):
+                alone = memory(x[line, place], query[line])
+                torch.testing.assert_close(found[line, place], alone)
+        assert not torch.allclose(found, memory(x, query.flip(0)[:, None]), atol=0.01)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_no_query_is_the_zero_vector(kind: str) -> None:
+    memory, x = aware(kind), hidden(2, 3)
+    with torch.no_grad():
+        assert torch.equal(memory(x), memory(x, torch.zeros(2, 1, 6)))
+        assert not torch.allclose(memory(x), memory(x, queries(2)[:, None]), atol=0.01)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_memory_without_query_width_reads_the_state_alone(kind: str) -> None:
+    memory, x = randomised(SHAPES[kind]), hidden(2, 3)
+    with torch.no_grad():
+        assert torch.equal(memory(x, queries(2)[:, None]), memory(x))
+    assert derive_config(MLPShape(16, 24, "silu", True), 20, 7, "base").width == 16
+
+
+def test_a_query_of_another_number_format_is_taken() -> None:
+    memory = aware("gated").to(torch.bfloat16)
+    with torch.no_grad():
+        found = memory(hidden(4), queries(4))
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, memory(hidden(4), queries(4).bfloat16()))
+        assert memory.log_probs(hidden(4), queries(4)).dtype == torch.float32
+
+
+def test_the_query_comes_with_a_gradient() -> None:
+    memory, query = aware("gated"), queries(4).requires_grad_()
+    memory(hidden(4), query).square().sum().backward()
+    assert query.grad is not None
+    assert query.grad.abs().min() > 0
+
+
+def test_the_width_of_the_query_is_derived_and_widens_every_part() -> None:
+    shape = MLPShape(16, 24, "silu", True)
+    config = derive_config(shape, 20, 7, "base", query_size=6, hidden_scale=2.5)
+    expected = dataclasses.replace(SHAPES["gated"], query_size=6, hidden_scale=2.5)
+    assert config == expected
+    sizes = {name: tuple(t.shape) for name, t in Memory(config).state_dict().items()}
+    assert sizes["layers.1.mlp.up_proj.weight"] == (24, 22)
+    assert sizes["layers.1.mlp.down_proj.weight"] == (22, 24)
+    assert sizes["norm.weight"] == (22,)
+    assert sizes["lm_head.weight"] == (7, 22)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_query_says_nothing_at_first(kind: str) -> None:
+    """The head starts from the base's for the state, and from zero for the query."""
+    head = torch.randn(7, 16, generator=torch.Generator().manual_seed(4))
+    config = dataclasses.replace(SHAPES[kind], query_size=6)
+    memory = new_memory(config, CORPUS_TOKENS, head, seed=0)
+    assert torch.equal(memory.lm_head.weight[:, :16], head)
+    assert not memory.lm_head.weight[:, 16:].any()
+    with torch.no_grad():
+        x, query = hidden(4), queries(4)
+        normed = memory.norm(torch.cat([x, query * 6**0.5], -1))
+        torch.testing.assert_close(memory(x, query), normed[:, :16] @ head.T)

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.gate import Gate
 from mlpmem_rag.mixing import best_lambda, check_lambda, mix, mixture_nll
 
 CORPUS_TOKENS = torch.tensor([2, 3, 5, 8])
+GATE = Gate(asked=(0.9, -0.4, -0.7, 0.3, 0.2, 0.5), plain=(0.1, 0.6, -0.2, -0.3, 0.4, -1.0))
+
+
+def constant_gate(odds: float) -> Gate:
+    weights = (0.0, 0.0, 0.0, 0.0, 0.0, odds)
+    return Gate(weights, weights)
 
 
 def logits(width: int, seed: int) -> Tensor:
@@ -40,6 +47,53 @@ def test_lambda_one_is_the_memory_alone() -> None:
     torch.testing.assert_close(mixed[..., CORPUS_TOKENS], memory)
     outside = [token for token in range(10) if token not in CORPUS_TOKENS.tolist()]
     assert torch.all(mixed[..., outside] == -torch.inf)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("lambda_", [1e-6, 0.3, 1.0])
+def test_a_gate_weighs_each_position_by_itself(lambda_: float, asked: bool) -> None:
+    base, memory = logits(10, 0).double().softmax(-1), logits(4, 1).double().softmax(-1)
+    log_probs = logits(4, 1).log_softmax(-1)
+    mixed = mix(logits(10, 0), log_probs, CORPUS_TOKENS, lambda_, GATE, asked=asked)
+    gate = GATE.asked if asked else GATE.plain
+    weights = []
+    for b, m in zip(base.flatten(0, 1), memory.flatten(0, 1), strict=True):
+        best = int(m.argmax())
+        features = [
+            m[best].log(),
+            -(m * m.log()).sum(),
+            b.max().log(),
+            -(b * b.log()).sum(),
+            b[CORPUS_TOKENS[best]].log(),
+        ]
+        odds = sum(w * f for w, f in zip(gate, [*features, 1.0], strict=True))
+        weights.append(lambda_ / (1 + np.exp(-float(odds))))
+        expected = (1 - weights[-1]) * b
+        expected[CORPUS_TOKENS] += weights[-1] * m
+        found = mixed.flatten(0, 1)[len(weights) - 1].exp().double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+    assert max(weights) - min(weights) > 0.1 * lambda_
+    torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("lambda_", [0.3, 1.0])
+def test_a_gate_that_is_the_same_everywhere_is_a_smaller_lambda(lambda_: float) -> None:
+    base, memory = logits(10, 0), logits(4, 1).log_softmax(-1)
+    found = mix(base, memory, CORPUS_TOKENS, lambda_, constant_gate(float(np.log(0.7 / 0.3))))
+    torch.testing.assert_close(found, mix(base, memory, CORPUS_TOKENS, 0.7 * lambda_))
+
+
+@pytest.mark.parametrize(("odds", "lambda_"), [(200.0, 1.0), (-200.0, 0.0)])
+def test_a_gate_may_be_wide_open_or_shut(odds: float, lambda_: float) -> None:
+    base, memory = logits(10, 0), logits(4, 1).log_softmax(-1)
+    found = mix(base, memory, CORPUS_TOKENS, 1.0, constant_gate(odds))
+    expected = mix(base, memory, CORPUS_TOKENS, lambda_).log_softmax(-1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_lambda_zero_returns_the_very_logits_whatever_the_gate() -> None:
+    base = logits(10, 0).bfloat16()
+    assert mix(base, logits(4, 1).log_softmax(-1), CORPUS_TOKENS, 0.0, GATE) is base
 
 
 @pytest.mark.parametrize("lambda_", [-0.01, 1.01, float("nan")])

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.gate import Gate, gate_features
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
 
@@ -43,15 +44,27 @@ class Mixed:
         return generate(self.model, ids, settings, **inputs)
 
 
-def with_memory(backbone: Backbone) -> MLPMemForCausalLM:
-    width = backbone.hidden_size
-    config = MemoryConfig(width, 24, 2, "silu", gated=True, vocab_size=len(CORPUS_TOKENS))
+def with_memory(
+    backbone: Backbone, *, query_size: int = 0, gate: Gate | None = None
+) -> MLPMemForCausalLM:
+    config = MemoryConfig(
+        backbone.hidden_size,
+        24,
+        2,
+        "silu",
+        gated=True,
+        vocab_size=len(CORPUS_TOKENS),
+        query_size=query_size,
+        hidden_scale=2.0 if query_size else 1.0,
+    )
     memory = Memory(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in memory.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2, generator=generator)
     memory.corpus_tokens = CORPUS_TOKENS
-    settings = MemorySettings(backbone.reference, backbone.layer, config, LAMBDA, TEMPERATURE)
+    settings = MemorySettings(
+        backbone.reference, backbone.layer, config, LAMBDA, TEMPERATURE, gate=gate
+    )
     return attach_memory(backbone, memory, settings)
 
 
@@ -306,3 +319,162 @@ def test_a_streamer_sees_every_token(llama: Mixed) -> None:
     assert streamer.ended
     assert torch.equal(torch.cat(streamer.values[1:]), tokens)
     assert torch.equal(streamer.values[0], PROMPT[0])
+
+
+# A memory that reads a query vector, and a gate.
+
+QUERY = 12
+GATE = Gate(asked=(0.3, -0.2, -0.4, 0.1, 0.05, 0.2), plain=(0.1, 0.1, 0.2, 0.0, 0.1, -0.5))
+
+
+class Asked(Mixed):
+    """A base model with a random memory that is query-aware and has a gate."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.model = with_memory(self.backbone, query_size=QUERY, gate=GATE)
+
+
+@pytest.fixture(scope="module")
+def asked(family_folder: Path) -> Asked:
+    """Of each family."""
+    return Asked(family_folder)
+
+
+@pytest.fixture(scope="module")
+def asked_llama(tiny_folder: Path) -> Asked:
+    """Of one family, where the base makes no difference."""
+    return Asked(tiny_folder)
+
+
+def vectors(count: int) -> Tensor:
+    drawn = torch.randn(count, QUERY, generator=torch.Generator().manual_seed(8))
+    return nn.functional.normalize(drawn, dim=-1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("lambda_", [None, 1.0])
+def test_query_and_gate_equal_the_naive_mixture(
+    asked: Asked, lambda_: float | None, known: bool
+) -> None:
+    """Without a query vector, the memory reads zeros and the gate is that of plain text."""
+    weight = LAMBDA if lambda_ is None else lambda_
+    queries = vectors(2) if known else torch.zeros(2, QUERY)
+    given = queries if known else None
+    with torch.no_grad():
+        base = asked.reference(input_ids=PROMPT).logits.log_softmax(-1)
+        hidden = asked.backbone.hidden(PROMPT, torch.ones_like(PROMPT))
+        found = asked.model(
+            input_ids=PROMPT, memory_lambda=lambda_, query_vector=given
+        ).logits.exp()
+        for row in range(2):
+            for place in range(PROMPT.shape[1]):
+                logits = asked.model.memory(hidden[row, place], queries[row]) / TEMPERATURE
+                features = gate_features(logits.log_softmax(-1), base[row, place], CORPUS_TOKENS)
+                here = weight * GATE.opening(features, asked=known)
+                expected = (1 - here) * base[row, place].exp()
+                expected[CORPUS_TOKENS] += here * logits.softmax(-1)
+                torch.testing.assert_close(found[row, place], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_lambda_zero_with_a_query_is_the_base_model_to_the_bit(asked: Asked) -> None:
+    with torch.no_grad():
+        expected = asked.reference(input_ids=PROMPT).logits
+        found = asked.model(input_ids=PROMPT, memory_lambda=0.0, query_vector=vectors(2)).logits
+    assert torch.equal(found, expected)
+
+
+def test_each_row_has_its_own_query(asked_llama: Asked) -> None:
+    same = PROMPT[:1].expand(3, -1)
+    queries = vectors(3)
+    with torch.no_grad():
+        found = asked_llama.model(input_ids=same, query_vector=queries).logits
+        for row in range(3):
+            alone = asked_llama.model(input_ids=same[:1], query_vector=queries[row : row + 1])
+            torch.testing.assert_close(found[row], alone.logits[0])
+    assert not torch.allclose(found[0], found[1], atol=0.01)
+
+
+def test_cached_generation_with_a_query_equals_uncached(asked: Asked) -> None:
+    settings = {**VARIED, "max_new_tokens": 12}
+    queries = vectors(2)
+    cached = asked.generate(PROMPT, settings, memory_lambda=1.0, query_vector=queries)
+    uncached = {**settings, "use_cache": False}
+    again = asked.generate(PROMPT, uncached, memory_lambda=1.0, query_vector=queries)
+    assert torch.equal(cached, again)
+    other = asked.generate(PROMPT, settings, memory_lambda=1.0, query_vector=queries.flip(0))
+    assert not torch.equal(cached, other), "the query has a say"
+    ids = PROMPT
+    with torch.no_grad():
+        for _ in range(12):
+            logits = asked.model(input_ids=ids, memory_lambda=1.0, query_vector=queries).logits
+            unseen = logits[:, -1].scatter(1, ids, -torch.inf)
+            ids = torch.cat([ids, unseen.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(cached, ids[:, 6:]), "the same query on every step"
+
+
+def test_a_left_padded_batch_with_queries_equals_single_runs(asked: Asked) -> None:
+    longest = max(ids.shape[1] for ids in SHORT)
+    padded = torch.full((len(SHORT), longest), PAD)
+    mask = torch.zeros_like(padded)
+    for row, ids in enumerate(SHORT):
+        padded[row, -ids.shape[1] :] = ids
+        mask[row, -ids.shape[1] :] = 1
+    queries = vectors(len(SHORT))
+    found = asked.generate(padded, VARIED, attention_mask=mask, query_vector=queries)
+    for row, (ids, query) in enumerate(zip(SHORT, queries, strict=True)):
+        alone = asked.generate(ids, VARIED, query_vector=query[None])[0]
+        assert torch.equal(found[row, : len(alone)], alone)
+        assert torch.all(found[row, len(alone) :] == PAD), "its end of text came first"
+
+
+def test_beams_and_samples_keep_the_query_of_their_prompt(asked_llama: Asked) -> None:
+    queries, settings = vectors(2), {**VARIED, "num_beams": 3}
+    together = asked_llama.generate(PROMPT, settings, query_vector=queries)
+    for row in range(2):
+        alone = asked_llama.generate(
+            PROMPT[row : row + 1], settings, query_vector=queries[row : row + 1]
+        )
+        assert torch.equal(together[row], alone[0])
+    other = asked_llama.generate(PROMPT, settings, query_vector=queries.flip(0))
+    assert not torch.equal(together, other)
+    config = GenerationConfig(
+        **{**GREEDY, "num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    )
+    model: Any = asked_llama.model
+    found = model.generate(
+        inputs=PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        generation_config=config,
+        query_vector=queries,
+    )
+    with torch.no_grad():
+        logits = model(input_ids=found.sequences, query_vector=queries).logits[:, 5:-1]
+    scores = logits.gather(-1, found.sequences[:, 6:, None]).squeeze(-1).mean(1)
+    torch.testing.assert_close(found.sequences_scores, scores)
+
+
+def test_logits_to_keep_with_a_query_are_slices_of_all_logits(asked_llama: Asked) -> None:
+    queries, places = vectors(2), torch.tensor([0, 3, 5])
+    with torch.no_grad():
+        whole = asked_llama.model(input_ids=PROMPT, query_vector=queries).logits
+        some = asked_llama.model(
+            input_ids=PROMPT, query_vector=queries, logits_to_keep=places
+        ).logits
+    torch.testing.assert_close(some, whole[:, places])
+
+
+@pytest.mark.parametrize("shape", [(1, QUERY), (3, QUERY), (2, QUERY - 1), (QUERY,), (2, 1, QUERY)])
+def test_query_vectors_of_another_shape_are_refused(
+    asked_llama: Asked, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"shape \({shape[0]},.*takes \(2, {QUERY}\)"):
+        asked_llama.model(input_ids=PROMPT, query_vector=torch.ones(shape))
+    with pytest.raises(ConfigError, match="one vector for each sequence"):
+        asked_llama.generate(PROMPT, query_vector=torch.ones(shape))
+
+
+def test_a_memory_that_reads_no_query_does_not_mind_one(llama: Mixed) -> None:
+    with torch.no_grad():
+        found = llama.model(input_ids=PROMPT, query_vector=vectors(2)).logits
+        assert torch.equal(found, llama.model(input_ids=PROMPT).logits)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlpmem_rag import heldout, neighbors, pipeline, targets, training
+from mlpmem_rag import calibrate, heldout, neighbors, pipeline, targets, training
 from mlpmem_rag.artifact import (
     MANIFEST,
     WEIGHTS,
@@ -31,7 +32,7 @@ from mlpmem_rag.artifact import (
     verify_files,
 )
 from mlpmem_rag.backbone import Backbone, load_backbone
-from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.corpus import Corpus, Document, read_corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillConfig, DistillReport, distill
@@ -43,15 +44,19 @@ from mlpmem_rag.errors import (
     OutputError,
     ResourceError,
 )
+from mlpmem_rag.lessons import StudyConfig
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.plan import Plan
 from mlpmem_rag.progress import OnProgress, ProgressEvent
+from mlpmem_rag.questions import load_questions
 from mlpmem_rag.report import TrainReport
+from mlpmem_rag.scoring import exact_match
 from mlpmem_rag.split import split_rows
 from mlpmem_rag.storage import folder_bytes
+from mlpmem_rag.study import StudyRows
 from mlpmem_rag.training import MIN_ROWS
 from mlpmem_rag.windows import make_windows, tokenize
 
@@ -114,6 +119,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[Docume
 def config(tiny_folder: Path) -> TrainConfig:
     """Settings of a run of half a second."""
     return TrainConfig(
+        recipe="paper",
         base_model=str(tiny_folder),
         device="cpu",
         dtype="float32",
@@ -194,7 +200,7 @@ def test_report_manifest_and_card_say_the_same(finished: Run, config: TrainConfi
     assert manifest.figures["perplexity"]["kept_gain"] == report.perplexity.kept_gain  # type: ignore[union-attr]
     assert distillation["best_epoch"] == report.epochs
     assert manifest.training["layer"] == report.layer == 3
-    assert manifest.training["distill"]["learning_rate"] == config.distill.learning_rate
+    assert manifest.training["distill"]["learning_rate"] == optimisation(config).learning_rate
     settings = load_settings(finished.out)
     assert settings.memory_lambda == report.memory_lambda
     assert settings.memory_temperature == report.memory_temperature
@@ -548,6 +554,289 @@ def test_a_failed_run_leaves_the_earlier_memory(
     assert MemoryModel.load(trained, device="cpu").answer("Who?", max_new_tokens=2).new_tokens > 0
 
 
+# Self-study, with one's own questions and the base model's own states as their vectors.
+
+SELF_STUDY = (
+    "corpus",
+    "base model",
+    "tokenize",
+    "datastore",
+    "neighbors",
+    "targets",
+    "study",
+    "distil",
+    "calibrate",
+    "refit",
+)
+KEPT = SELF_STUDY[3:]
+FACT = re.compile(r"In (.+?), (.+?) found (.+?)\. ")
+WORDINGS = (
+    ("Who found {2} in {0}?", 1),
+    ("By whom was it found in {0}, {2}?", 1),
+    ("What did {1} find in {0}?", 2),
+    ("In {0}, what was found by {1}?", 2),
+    ("Where did {1} find {2}?", 0),
+    ("At which place was it that {1} found {2}?", 0),
+)
+
+
+@pytest.fixture(scope="module")
+def own_questions(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[Document]) -> Path:
+    """Six questions about each of the sixteen documents, in two wordings each."""
+    path = tmp_path_factory.mktemp("questions") / "own.jsonl"
+    lines = []
+    for document in tiny_documents:
+        found = FACT.match(document.text)
+        assert found is not None
+        for wording, place in WORDINGS:
+            question = wording.format(*found.groups())
+            row = {"question": question, "answer": found.group(place + 1)}
+            lines.append(json.dumps({**row, "doc_ids": [f"{document.id}.txt"]}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _many_held_out_questions() -> Iterator[None]:
+    """So that there are enough of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "HELD_OUT_QUESTIONS", 0.2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study_config(config: TrainConfig, own_questions: Path) -> TrainConfig:
+    """Settings of a run of a second."""
+    return replace(
+        config,
+        recipe="self-study",
+        encoder="pooled",
+        questions=(str(own_questions),),
+        distill=DistillConfig(epochs=12, batch_rows=128, learning_rate=3e-3, patience=12),
+        study=StudyConfig(query_noise=0.2, hidden_noise=0.2, source_share=0.2),
+    )
+
+
+@pytest.fixture(scope="module")
+def studied(
+    tmp_path_factory: pytest.TempPathFactory, source: Path, study_config: TrainConfig
+) -> Run:
+    """An uninterrupted run."""
+    return Run(source, tmp_path_factory.mktemp("studied") / "memory", study_config)
+
+
+def test_every_stage_of_a_self_study_reports_from_nothing_to_all(studied: Run) -> None:
+    assert stages_of(studied.events) == list(SELF_STUDY)
+    for stage in SELF_STUDY:
+        done = [(e.done, e.total) for e in studied.events if e.stage == stage]
+        assert len({total for _, total in done}) == 1
+        assert done[-1][0] == done[-1][1]
+
+
+def test_a_self_study_can_be_loaded_and_asked(studied: Run, source: Path) -> None:
+    settings = load_settings(studied.out)
+    config = json.loads((studied.out / "config.json").read_text())
+    assert (config["encoder"], settings.memory.query_size) == ("pooled", 32)
+    assert settings.gate is not None
+    assert settings.confidence is not None
+    assert settings.memory_lambda == studied.report.memory_lambda == training.MEMORY_LAMBDA
+    memory = MemoryModel.load(studied.out, device="cpu", dtype="float32")
+    answer = memory.answer("Who found wild honey?", max_new_tokens=8)
+    assert answer.confidence is not None
+    assert 0 <= answer.confidence <= 1
+    base = load_backbone(settings.base.name, device="cpu", dtype="float32").model
+    ids = [0, 40, 81, 122, 163]
+    with torch.no_grad():
+        expected = base(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert torch.equal(memory.log_probs(ids, lambda_=0.0), expected)
+
+
+def test_the_kept_memory_answers_what_it_was_taught(studied: Run, own_questions: Path) -> None:
+    """Also the questions that had been held out to calibrate it."""
+    memory = MemoryModel.load(studied.out, device="cpu", dtype="float32")
+    rows = [json.loads(line) for line in own_questions.read_text().splitlines()][::5]
+    answers = [memory.answer(row["question"], max_new_tokens=24, lambda_=1.0) for row in rows]
+    right = [exact_match(a.text, [r["answer"]]) for a, r in zip(answers, rows, strict=True)]
+    assert np.mean(right) > 0.6
+    base = [memory.answer(row["question"], max_new_tokens=24, lambda_=0.0) for row in rows[:5]]
+    assert not any(exact_match(a.text, [r["answer"]]) for a, r in zip(base, rows, strict=False))
+
+
+def test_report_manifest_and_work_of_a_self_study(
+    studied: Run, study_config: TrainConfig, own_questions: Path
+) -> None:
+    report, work = studied.report, studied.out / WORK
+    assert TrainReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    manifest = load_manifest(studied.out)
+    distillation = manifest.figures.pop("distillation")
+    assert TrainReport.from_dict(manifest.figures) == report
+    assert distillation["best_epoch"] == report.epochs == 12
+    training_ = manifest.training
+    assert (training_["recipe"], training_["encoder"]) == ("self-study", "pooled")
+    assert training_["study"] == asdict(study_config.study)
+    questions = load_questions(work / "questions" / "questions.jsonl")
+    given = [json.loads(line) for line in own_questions.read_text().splitlines()]
+    assert [(q.text, q.answer, q.document) for q in questions] == [
+        (row["question"], row["answer"], row["doc_ids"][0]) for row in given
+    ]
+    assert all(q.answer in q.source for q in questions)
+    assert report.questions == len(given)
+    rows = StudyRows.open(work / "study")
+    assert report.study_rows == rows.num_rows
+    store = Datastore.open(work / "datastore")
+    both = np.concatenate([store.next_tokens, rows.next_tokens])
+    assert report.vocabulary == len(np.unique(both))
+    study = report.study
+    assert study is not None
+    assert study.questions == len(given)
+    assert study.taught is not None
+    assert study.taught > 0.5
+    assert 0 < study.coverage < 1
+    assert report.perplexity is not None
+    assert report.perplexity.memory < report.perplexity.base
+
+
+def test_a_self_study_learns_nothing_of_what_is_held_out_before_it_is_measured(
+    tmp_path: Path, source: Path, study_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings: list[list[int]] = []
+
+    def spy(memory: Memory, lesson: Any, rows: Any, *args: Any, **options: Any) -> DistillReport:  # noqa: ANN401
+        trainings.append(rows.tolist())
+        return distill(memory, lesson, rows, *args, **options)
+
+    monkeypatch.setattr("mlpmem_rag.training.distill", spy)
+    out = tmp_path / "memory"
+    report = train(source, out=out, config=study_config)
+    store, rows = Datastore.open(out / WORK / "datastore"), StudyRows.open(out / WORK / "study")
+    split = split_rows(np.asarray(store.documents), held_out=0.1, seed=0)
+    first, last = (set(rows) for rows in trainings)
+    assert last == set(range(report.rows + report.study_rows))
+    assert {row for row in first if row < report.rows} == set(split.train)
+    names = [document.id for document in read_corpus(source).documents]
+    held_out = {names[n] for n in np.asarray(store.documents)[[*split.validation, *split.test]]}
+    questions = load_questions(out / WORK / "questions" / "questions.jsonl")
+    learned = {int(rows.questions[row - report.rows]) for row in first if row >= report.rows}
+    assert held_out
+    assert not held_out & {questions[number].document for number in learned}
+    about_learned = {n for n, q in enumerate(questions) if q.document not in held_out}
+    assert 8 <= len(about_learned - learned) < len(about_learned) / 2
+
+
+@pytest.mark.parametrize("halfway", [False, True])
+@pytest.mark.parametrize("stage", SELF_STUDY[3:])
+def test_a_self_study_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path,
+    source: Path,
+    study_config: TrainConfig,
+    studied: Run,
+    stage: str,
+    halfway: bool,
+) -> None:
+    out = tmp_path / "memory"
+    stop = interrupt_in(stage, halfway=halfway)
+    with pytest.raises(KeyboardInterrupt):
+        train(source, out=out, config=study_config, on_progress=stop)
+    assert not (out / MANIFEST).exists()
+    events: list[ProgressEvent] = []
+    report = train(source, out=out, config=study_config, on_progress=events.append)
+    assert (out / WEIGHTS).read_bytes() == studied.weights
+    assert (out / "config.json").read_bytes() == (studied.out / "config.json").read_bytes()
+    assert (report.perplexity, report.study) == (studied.report.perplexity, studied.report.study)
+    done = set(KEPT[: KEPT.index(stage)]) - {"distil"}  # which notes that it has ended
+    assert not done & set(stages_of(events)), "what is done is not done again"
+
+
+def test_a_finished_self_study_is_not_done_again(
+    tmp_path: Path, source: Path, study_config: TrainConfig, studied: Run
+) -> None:
+    out = Path(shutil.copytree(studied.out, tmp_path / "memory"))
+    before = snapshot(out)
+    events: list[ProgressEvent] = []
+    report = train(source, out=out, config=study_config, on_progress=events.append)
+    assert report == replace(studied.report, out=str(out))
+    assert snapshot(out) == before
+    assert stages_of(events) == ["corpus", "base model", "tokenize"]
+
+
+def test_other_questions_in_the_same_file_are_studied(
+    tmp_path: Path, source: Path, study_config: TrainConfig, studied: Run
+) -> None:
+    """What a file holds decides, and not its name."""
+    out = Path(shutil.copytree(studied.out, tmp_path / "memory"))
+    lines = Path(study_config.questions[0]).read_text().splitlines()
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(lines[:-1]))
+    events: list[ProgressEvent] = []
+    config = replace(study_config, questions=(str(own),))
+    train(source, out=out, config=config, on_progress=events.append)
+    kept = [stage for stage in SELF_STUDY if stage not in stages_of(events)]
+    assert kept == ["datastore", "neighbors", "targets"]
+    own.write_text("\n".join(lines[:-2]))
+    report = train(source, out=out, config=config)
+    assert report.questions == studied.report.questions - 2
+
+
+def test_too_few_questions_are_learned_without_a_gate(
+    tmp_path: Path, source: Path, study_config: TrainConfig, own_questions: Path
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(own_questions.read_text().splitlines()[:6]))
+    out = tmp_path / "memory"
+    report = train(source, out=out, config=study_config, questions=(str(own),))
+    settings = load_settings(out)
+    assert (settings.gate, settings.confidence, report.study) == (None, None, None)
+    assert report.memory_lambda == training.UNGATED_LAMBDA
+    memory = MemoryModel.load(out, device="cpu", dtype="float32")
+    assert memory.answer("Who?", max_new_tokens=2).confidence is None
+
+
+@pytest.mark.parametrize("options", [{"encoder": "none"}, {"held_out": 0.0}])
+def test_a_self_study_without_an_encoder_or_held_out_documents(
+    tmp_path: Path, source: Path, study_config: TrainConfig, options: dict[str, Any]
+) -> None:
+    out = tmp_path / "memory"
+    report = train(source, out=out, config=study_config, **options)
+    settings = load_settings(out)
+    assert settings.encoder == options.get("encoder", "pooled")
+    assert (report.perplexity is None) == ("held_out" in options)
+    assert (settings.gate is None) == ("held_out" in options)
+    memory = MemoryModel.load(out, device="cpu", dtype="float32")
+    assert memory.answer("Who?", max_new_tokens=3).new_tokens <= 3
+
+
+def test_a_self_study_on_every_family(
+    tmp_path: Path, family_folder: Path, source: Path, study_config: TrainConfig
+) -> None:
+    quick = replace(study_config, distill=DistillConfig(epochs=2, batch_rows=256))
+    out = tmp_path / "memory"
+    report = train(source, out=out, config=quick, base_model=str(family_folder))
+    assert report.study is not None
+    memory = MemoryModel.load(out, device="cpu", dtype="float32")
+    assert memory.answer("Who found wild honey?", max_new_tokens=3).new_tokens <= 3
+
+
+def test_a_self_study_with_a_tokenizer_without_special_tokens(
+    tmp_path: Path, bare_folder: Path, source: Path, study_config: TrainConfig
+) -> None:
+    quick = replace(study_config, distill=DistillConfig(epochs=1, batch_rows=256))
+    out = tmp_path / "memory"
+    report = train(source, out=out, config=quick, base_model=str(bare_folder))
+    assert report.study is not None
+    memory = MemoryModel.load(out, device="cpu", dtype="float32")
+    assert memory.answer("Who found wild honey?", max_new_tokens=3).new_tokens <= 3
+
+
+def test_a_question_that_is_none_is_refused_by_its_line(
+    tmp_path: Path, source: Path, study_config: TrainConfig
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"question": "Who?", "answer": "Ines"}\n{"question": 3}\n')
+    config = replace(study_config, questions=(str(tmp_path / "own.jsonl"),))
+    with pytest.raises(ConfigError, match=r"own\.jsonl, line 2 is no question"):
+        train(source, out=tmp_path / "memory", config=config)
+    assert not (tmp_path / "memory" / MANIFEST).exists()
+
+
 # Refusals.
 
 
@@ -555,7 +844,7 @@ def test_a_failed_run_leaves_the_earlier_memory(
     ("options", "said"),
     [
         ({"epochs": 3}, "unknown setting.* epochs; allowed are recipe, base_model"),
-        ({"recipe": "x"}, "recipe 'x' is not known; choose paper"),
+        ({"recipe": "x"}, "recipe 'x' is not known; choose self-study, paper"),
         ({"size": "huge"}, "size 'huge' is not known; choose small, base, large"),
         ({"tau": 0.0}, "tau = 0.0: allowed"),
         ({"tau": -1.0}, "tau = -1.0: allowed"),

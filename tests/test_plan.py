@@ -121,6 +121,7 @@ def test_planning_writes_nothing_and_asks_the_disk_of_out(
     found, read = plan_training(
         corpus,
         out=tmp_path / "not" / "yet",
+        recipe="paper",
         base_model=str(tiny_folder),
         device="cpu",
         dtype="float32",

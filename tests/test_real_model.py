@@ -42,14 +42,15 @@ def perplexity(out: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the whole sample corpus, as the demo trains it."""
+    """Of the whole sample corpus, by the paper's recipe."""
     out = tmp_path_factory.mktemp("real") / "memory"
-    mlpmem_rag("train", CORPUS, "--out", out)
+    mlpmem_rag("train", CORPUS, "--out", out, "--recipe", "paper")
     return out
 
 
 def test_a_small_memory_of_one_folder_helps_with_held_out_documents(tmp_path: Path) -> None:
-    mlpmem_rag("train", CORPUS / "stars", "--out", tmp_path / "memory", "--size", "small")
+    options = ("--recipe", "paper", "--size", "small")
+    mlpmem_rag("train", CORPUS / "stars", "--out", tmp_path / "memory", *options)
     found = perplexity(tmp_path / "memory")
     assert 5 < found["base"] < 20
     assert found["memory"] < found["base"]

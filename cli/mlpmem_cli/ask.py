@@ -24,11 +24,13 @@ def ask(
     base_model: options.BaseModelOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
+    threshold: options.ThresholdOption = 0.0,
     as_json: options.JsonOption = False,
 ) -> None:
     """Answer questions from a memory, without retrieval.
 
-    With --json, one object a line: answer, seconds, ttft_seconds, prompt_tokens, new_tokens.
+    With --json, one object a line: answer, confidence (null where the memory cannot tell),
+    seconds, ttft_seconds, prompt_tokens, new_tokens.
     """
     asked = questions or _from_stdin()
     from mlpmem_cli import display
@@ -38,23 +40,29 @@ def ask(
     console = display.stderr()
     model = MemoryModel.load(memory, base_model=base_model, device=device.value, dtype=dtype.value)
     for question in asked:
-        stream = model.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
         if len(asked) > 1 and not as_json:
             console.print(question, style="bold", markup=False, highlight=False)
-        for piece in stream:
-            if not as_json:
-                print(piece, end="", flush=True)
-        if as_json:
-            print(json.dumps(answer_fields(stream.answer), ensure_ascii=False), flush=True)
+        if as_json or threshold:  # the end decides what is shown
+            answer = model.answer(
+                question, max_new_tokens=max_new_tokens, lambda_=lambda_, threshold=threshold
+            )
         else:
-            print(flush=True)
-            console.print(figures(stream.answer), style="dim", highlight=False)
+            stream = model.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
+            for piece in stream:
+                print(piece, end="", flush=True)
+            answer = stream.answer
+        if as_json:
+            print(json.dumps(answer_fields(answer), ensure_ascii=False), flush=True)
+        else:
+            print(answer.text if threshold else "", flush=True)
+            console.print(figures(answer), style="dim", highlight=False)
 
 
-def answer_fields(answer: Answer) -> dict[str, str | float | int]:
+def answer_fields(answer: Answer) -> dict[str, str | float | int | None]:
     """The object that `--json` prints."""
     return {
         "answer": answer.text,
+        "confidence": None if answer.confidence is None else round(answer.confidence, 4),
         "seconds": round(answer.seconds, 4),
         "ttft_seconds": round(answer.ttft_seconds, 4),
         "prompt_tokens": answer.prompt_tokens,
@@ -64,8 +72,9 @@ def answer_fields(answer: Answer) -> dict[str, str | float | int]:
 
 def figures(answer: Answer) -> str:
     """One line about what an answer took."""
+    sure = "" if answer.confidence is None else f"{answer.confidence:.0%} sure, "
     return (
-        f"{answer.ttft_seconds:.2f} s to the first token, {answer.seconds:.2f} s in all, "
+        f"{sure}{answer.ttft_seconds:.2f} s to the first token, {answer.seconds:.2f} s in all, "
         f"{answer.prompt_tokens} + {answer.new_tokens} tokens"
     )
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from mlpmem_rag.calibrate import StudyFigures
     from mlpmem_rag.corpus import Corpus
     from mlpmem_rag.plan import Plan
     from mlpmem_rag.progress import OnProgress, ProgressEvent
@@ -150,11 +151,33 @@ def report_table(report: TrainReport) -> Table:
         table.add_row("  base + kNN datastore (teacher)", f"{perplexity.teacher:.2f}")
         table.add_row("  base + memory", f"{perplexity.memory:.2f}")
         table.add_row("  teacher's gain kept", "–" if kept is None else f"{kept:.0%}")
+    if report.questions:
+        table.add_row("questions written", f"{report.questions:,} ({report.study_rows:,} rows)")
+    if report.study is not None:
+        study_rows(table, report.study)
     table.add_row("λ, temperature", f"{report.memory_lambda:.3f}, {report.memory_temperature:g}")
     table.add_row("datastore on disk", size(report.datastore_bytes))
     table.add_row("memory on disk", size(report.memory_bytes))
     table.add_row("written to", report.out)
     return table
+
+
+def study_rows(table: Table, study: StudyFigures) -> None:
+    """What a memory of questions has learned, measured before it learned what was held out."""
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.0%}"
+
+    table.add_row("  corpus words in an answer", share(study.coverage))
+    table.add_row("  right, questions it learned", share(study.taught))
+    table.add_row("  right, other wordings", share(study.held_out))
+    table.add_row("  … by the nearest question", share(study.nearest))
+    table.add_row("  right, documents not learned", share(study.unknown))
+    auroc = study.confidence_auroc
+    table.add_row("  confidence, AUROC", "–" if auroc is None else f"{auroc:.2f}")
+    table.add_row(
+        "  gate, answers / text", f"{share(study.answer_gate)} / {share(study.text_gate)}"
+    )
 
 
 def show_skipped(console: Console, skipped: Corpus | tuple[tuple[str, str], ...]) -> None:

@@ -37,6 +37,7 @@ class Dtype(StrEnum):
 class Recipe(StrEnum):
     """How a memory is taught."""
 
+    self_study = "self-study"
     paper = "paper"
 
 
@@ -61,7 +62,22 @@ LayerOption = Annotated[
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the base model.")]
 SeedOption = Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")]
-RecipeOption = Annotated[Recipe | None, typer.Option(help="How to teach. [default: paper]")]
+RecipeOption = Annotated[Recipe | None, typer.Option(help="How to teach. [default: self-study]")]
+QuestionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--questions",
+        help="Who writes the questions: rules, base-model, or a jsonl file; may be repeated. "
+        "[default: rules]",
+    ),
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Makes query vectors: a sentence-transformers model, pooled, or none. "
+        "[default: all-minilm-l6-v2]"
+    ),
+]
 NeighborsOption = Annotated[
     int | None, typer.Option(help="Neighbours that vote, up to 1024. [default: 1024]")
 ]
@@ -76,3 +92,9 @@ LambdaOption = Annotated[
     ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+ThresholdOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Confidence below which the answer is `not in my documents`."
+    ),
+]

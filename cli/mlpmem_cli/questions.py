@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def questions(
     corpus: options.CorpusArgument,
+    written_by: options.QuestionsOption = None,
+    base_model: options.BaseModelOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Write all of them to a jsonl file as well.")
     ] = None,
@@ -30,14 +32,18 @@ def questions(
 ) -> None:
     """Preview the questions that can be written from a corpus, with their answers."""
     from mlpmem_cli import display
+    from mlpmem_rag.backbone import load_backbone
     from mlpmem_rag.corpus import read_corpus
-    from mlpmem_rag.questions import save_questions
-    from mlpmem_rag.rules import RuleWriter
+    from mlpmem_rag.embedded import SMOLLM2
+    from mlpmem_rag.questions import BASE_MODEL, RULES, save_questions
+    from mlpmem_rag.writers import write_questions
 
     console = display.stderr()
     with display.progress_bars(console) as on_progress:
         read = read_corpus(corpus, strict=strict, on_progress=on_progress)
-        written = list(RuleWriter().write(read.documents, on_progress=on_progress))
+        sources = written_by or [RULES]
+        backbone = load_backbone(base_model or SMOLLM2) if BASE_MODEL in sources else None
+        written = write_questions(sources, read.documents, backbone, on_progress=on_progress)
     display.show_skipped(console, read)
     if out is not None:
         save_questions(written, out)

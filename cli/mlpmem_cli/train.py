@@ -17,6 +17,8 @@ def train(
     base_model: options.BaseModelOption = None,
     size: options.SizeOption = None,
     recipe: options.RecipeOption = None,
+    questions: options.QuestionsOption = None,
+    encoder: options.EncoderOption = None,
     layer: options.LayerOption = None,
     neighbors: options.NeighborsOption = None,
     tau: Annotated[
@@ -53,6 +55,8 @@ def train(
                 base_model=base_model,
                 size=size and size.value,
                 recipe=recipe and recipe.value,
+                questions=tuple(questions) if questions else None,
+                encoder=encoder,
                 layer=layer,
                 neighbors=neighbors,
                 tau=tau,

@@ -26,7 +26,7 @@ from mlpmem_rag.plan import Plan
 ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--dtype", "float32")
 QUESTIONS = ["Who found wild honey?", "Why?", "What was sold for 42 crowns?"]
-ANSWER_KEYS = ["answer", "seconds", "ttft_seconds", "prompt_tokens", "new_tokens"]
+ANSWER_KEYS = ["answer", "confidence", "seconds", "ttft_seconds", "prompt_tokens", "new_tokens"]
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 
 
@@ -92,7 +92,8 @@ def source(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[Docume
 def memory(tmp_path_factory: pytest.TempPathFactory, source: Path, tiny_folder: Path) -> Path:
     """A trained memory, which no test changes."""
     out = tmp_path_factory.mktemp("memories") / "memory"
-    train(source, out=out, base_model=str(tiny_folder), device="cpu", dtype="float32", neighbors=8)
+    base = {"base_model": str(tiny_folder), "device": "cpu", "dtype": "float32"}
+    train(source, out=out, recipe="paper", neighbors=8, **base)
     return out
 
 
@@ -106,7 +107,8 @@ def library(memory: Path) -> MemoryModel:
 def train_arguments(source: Path, tiny_folder: Path, tmp_path: Path) -> list[object]:
     """Of a run into a new folder."""
     out = tmp_path / "memory"
-    return ["train", source, "--out", out, "--base-model", tiny_folder, "--neighbors", 8, *TINY]
+    settings = ["--base-model", tiny_folder, "--recipe", "paper", "--neighbors", 8]
+    return ["train", source, "--out", out, *settings, *TINY]
 
 
 # train and plan.

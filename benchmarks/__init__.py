@@ -1,0 +1,1 @@
+"""Measurements that belong to the figures in docs/."""

@@ -1,0 +1,111 @@
+"""Greedy answers to many questions at once, with what was sure and unsure on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from mlpmem_rag.confidence import Trace
+from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.prompts import STOP_STRING, chats, prompt_ids
+from mlpmem_rag.query import Vectors
+
+BATCH = 64
+
+
+class Recorder(LogitsProcessor):
+    """Notes the distribution of every step, and changes nothing."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[list[float], list[float]]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """*Shapes:* (B, T), (B, W) -> (B, W)."""
+        log_probs = scores.float().log_softmax(-1)
+        entropies = torch.special.entr(log_probs.exp()).sum(-1)
+        self._steps.append((log_probs.max(-1).values.tolist(), entropies.tolist()))
+        return scores
+
+    def trace(self, line: int, length: int) -> Trace:
+        """Of one sequence of the batch, up to its last token."""
+        steps = self._steps[:length]
+        return Trace(
+            tuple(log_probs[line] for log_probs, _ in steps),
+            tuple(entropies[line] for _, entropies in steps),
+        )
+
+
+def generation_config(
+    model: MLPMemForCausalLM, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """Greedy, to the end of the answer as the base model marks it."""
+    eos = model.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        bos_token_id=model.generation_config.bos_token_id,
+        pad_token_id=eos[0] if isinstance(eos, list) else eos,
+        stop_strings=None if chats(tokenizer) else [STOP_STRING],
+    )
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: MLPMemForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    query_vectors: Vectors | None,
+    *,
+    max_new_tokens: int = 24,
+    lambda_: float | None = None,
+) -> list[tuple[str, Trace]]:
+    """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, Q)."""
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    config = generation_config(model, tokenizer, max_new_tokens)
+    generator: Any = model  # generate() is annotated for other classes
+    answers: dict[int, tuple[str, Trace]] = {}
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for first in range(0, len(order), BATCH):
+        batch = order[first : first + BATCH]
+        ids, mask = _left_padded([prompts[number] for number in batch], config.pad_token_id)
+        vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
+        recorder = Recorder()
+        output = generator.generate(
+            inputs=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([recorder]),
+            memory_lambda=lambda_,
+            query_vector=vectors,
+            tokenizer=tokenizer,
+        )[:, ids.shape[1] :].tolist()
+        for line, number in enumerate(batch):
+            length = _length(output[line], config.eos_token_id)
+            text = str(tokenizer.decode(output[line][:length], skip_special_tokens=True))
+            if not chats(tokenizer):
+                text = text.split(STOP_STRING)[0]
+            answers[number] = (text.strip(), recorder.trace(line, length))
+    return [answers[number] for number in range(len(prompts))]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for line, prompt in enumerate(prompts):
+        ids[line, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[line, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _length(tokens: Sequence[int], eos: int | list[int]) -> int:
+    """Tokens up to and including the first end-of-text token."""
+    ends = set(eos) if isinstance(eos, list) else {eos}
+    return next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))

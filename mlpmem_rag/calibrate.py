@@ -1,0 +1,336 @@
+"""After the training without held-out parts: gate, confidence, and what the memory can do.
+
+Three kinds of held-out rows: questions about documents that were learned, in words that were
+not; questions about documents that were not learned; and text of these documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from mlpmem_rag.answering import answer_batch
+from mlpmem_rag.backbone import Backbone, HiddenTap
+from mlpmem_rag.confidence import Confidence, Trace, fit_confidence
+from mlpmem_rag.contexts import Contexts
+from mlpmem_rag.corpus import Document
+from mlpmem_rag.gate import Gate, fit_gate, gate_features
+from mlpmem_rag.memory import Memory
+from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.questions import Question
+from mlpmem_rag.scoring import exact_match, normalize
+from mlpmem_rag.study import StudyRows
+from mlpmem_rag.windows import Window
+
+Numbers = npt.NDArray[np.int64]
+
+HELD_OUT_QUESTIONS = 0.05
+"""Share of the questions about learned documents that are held out, in one wording each."""
+MIN_QUESTIONS = 8
+MAX_QUESTIONS = 128
+"""Questions of each kind that are answered for calibration."""
+MAX_TEXT_TOKENS = 2048
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class QuestionSplit:
+    """Question numbers, each part sorted.
+
+    Attributes:
+        train: learned.
+        known: held out, but about documents that are learned.
+        unknown: about documents that are not learned.
+    """
+
+    train: Numbers
+    known: Numbers
+    unknown: Numbers
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there is enough to fit anything to."""
+        return len(self.known) >= MIN_QUESTIONS
+
+
+def split_questions(
+    questions: Sequence[Question],
+    held_out_documents: set[str],
+    *,
+    validated: bool,
+    seed: int,
+) -> QuestionSplit:
+    """Set apart the questions about held-out documents and, to validate, a share of the others."""
+    is_unknown = np.array([q.document in held_out_documents for q in questions], dtype=bool)
+    chosen = np.random.default_rng(seed).random(len(questions)) < HELD_OUT_QUESTIONS
+    is_known = ~is_unknown & chosen & validated
+    return QuestionSplit(
+        train=np.flatnonzero(~is_unknown & ~is_known),
+        known=np.flatnonzero(is_known),
+        unknown=np.flatnonzero(is_unknown),
+    )
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """What memory and base model say at R held-out positions. *Shapes:* (R, F), (R,), (R,)."""
+
+    features: Tensor
+    p_memory: Tensor
+    p_base: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[HeldOutRows]) -> HeldOutRows:
+        """All rows of the parts, in order."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
+
+    def mixed(self, gate: Gate | None, lambda_: float, *, asked: bool) -> Tensor:
+        """The mixture's probability of the true tokens. *Shape:* (R,)."""
+        weight = lambda_ * (gate.opening(self.features, asked=asked) if gate else 1.0)
+        return weight * self.p_memory + (1 - weight) * self.p_base
+
+
+@torch.inference_mode()
+def score_positions(
+    backbone: Backbone,
+    memory: Memory,
+    sequences: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    queries: Tensor | None,
+) -> HeldOutRows:
+    """Memory and base model before the tokens at `places` of each sequence, in order.
+
+    *Shapes:* B sequences of token ids, B lists of R positions above 0 in all, queries (R, Q).
+    """
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for line, sequence in enumerate(sequences):
+        ids[line, : len(sequence)] = torch.tensor(sequence)
+    ids = ids.to(backbone.device)  # what stands on the right of a token changes nothing for it
+    first = min(place for part in places for place in part) - 1
+    kept = torch.arange(first, longest, device=ids.device)
+    with HiddenTap(backbone.mlp).listen() as tap:
+        output = backbone.model(input_ids=ids, use_cache=False, logits_to_keep=kept)
+    lines = [line for line, part in enumerate(places) for _ in part]
+    columns = torch.tensor([place for part in places for place in part], device=ids.device)
+    hidden = tap.hidden.reshape(*ids.shape, -1)[lines, columns - 1]
+    query = None if queries is None else queries.to(ids.device)
+    base = output.logits[lines, columns - 1 - first].float().log_softmax(-1)
+    log_probs = memory.log_probs(hidden, query)
+    targets = ids[lines, columns]
+    known = torch.searchsorted(memory.corpus_tokens, targets).clamp_max(log_probs.shape[1] - 1)
+    there = memory.corpus_tokens[known] == targets  # a token outside the corpus has no mass
+    p_memory = log_probs.gather(1, known[:, None]).squeeze(1).exp() * there
+    p_base = base.gather(1, targets[:, None]).squeeze(1).exp()
+    features = gate_features(log_probs, base, memory.corpus_tokens)
+    return HeldOutRows(features.cpu(), p_memory.cpu(), p_base.cpu())
+
+
+def score_answers(
+    backbone: Backbone, memory: Memory, questions: Sequence[Question], queries: Tensor
+) -> HeldOutRows:
+    """The tokens of right answers. *Shape:* queries (G, Q)."""
+    prompts = [
+        prompt_ids(backbone.tokenizer, [{"role": "user", "content": q.text}]) for q in questions
+    ]
+    answers = [answer_ids(backbone.tokenizer, question.answer) for question in questions]
+    rows = []
+    for first in range(0, len(questions), BATCH):
+        batch = slice(first, first + BATCH)
+        pairs = list(zip(prompts[batch], answers[batch], strict=True))
+        sequences = [prompt + answer for prompt, answer in pairs]
+        places = [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs]
+        counts = torch.tensor([len(answer) for _, answer in pairs])
+        vectors = queries[batch].repeat_interleave(counts, dim=0)
+        rows.append(score_positions(backbone, memory, sequences, places, vectors))
+    return HeldOutRows.joined(rows)
+
+
+def score_text(
+    backbone: Backbone,
+    memory: Memory,
+    windows: Sequence[Window],
+    rows: Numbers,
+    contexts: Contexts | None = None,
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> HeldOutRows:
+    """The given datastore rows: as text that no request is known for, or told what is before."""
+    first_rows = np.concatenate([[0], np.cumsum([window.num_rows for window in windows])])
+    parts = []
+    for number, window in enumerate(windows):
+        mine = rows[(rows >= first_rows[number]) & (rows < first_rows[number + 1])]
+        if len(mine):
+            places = (mine - first_rows[number] + window.context).tolist()
+            sequence = window.token_ids[: places[-1] + 1].tolist()
+            vectors = None
+            if contexts is not None:
+                vectors = torch.from_numpy(contexts.vectors[contexts.blocks[mine]])
+            parts.append(score_positions(backbone, memory, [sequence], [places], vectors))
+        on_progress(ProgressEvent("calibrate", number + 1, len(windows), "windows"))
+    return HeldOutRows.joined(parts)
+
+
+@dataclass(frozen=True)
+class StudyFigures:
+    """What the training without held-out parts has learned of the written questions.
+
+    Attributes:
+        questions: written in all.
+        sources: distinct sentences or lines they were written from.
+        coverage: share of the corpus's words that stand in the answer of some question.
+        taught: exact match on questions that were learned.
+        held_out: exact match on other wordings of what was learned.
+        nearest: exact match there of the answer to the most similar learned question, which is
+            what a memory without generalisation would reach.
+        unknown: exact match on questions about documents that were not learned.
+        confidence_auroc: how well the confidence tells right answers from wrong ones on
+            questions it was not fitted on; None where it could not be measured.
+        text_gate: mean of the gate on held-out text, 0 where the memory is left out.
+        answer_gate: mean of the gate on the held-out answers.
+    """
+
+    questions: int
+    sources: int
+    coverage: float
+    taught: float | None = None
+    held_out: float | None = None
+    nearest: float | None = None
+    unknown: float | None = None
+    confidence_auroc: float | None = None
+    text_gate: float | None = None
+    answer_gate: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the held-out parts were for."""
+
+    gate: Gate
+    confidence: Confidence | None
+    figures: StudyFigures
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """The inverse of `dataclasses.asdict`."""
+        confidence = values["confidence"]
+        return cls(
+            Gate(**{name: tuple(weights) for name, weights in values["gate"].items()}),
+            Confidence(tuple(confidence["weights"])) if confidence else None,
+            StudyFigures(**values["figures"]),
+        )
+
+
+def calibrate(
+    model: MLPMemForCausalLM,
+    backbone: Backbone,
+    questions: Sequence[Question],
+    study: StudyRows,
+    split: QuestionSplit,
+    windows: Sequence[Window],
+    contexts: Contexts,
+    text_rows: Numbers,
+    coverage: float,
+    *,
+    seed: int,
+    on_progress: OnProgress = ignore_progress,
+) -> Calibration:
+    """Fit gate and confidence, and measure what the memory makes of written questions.
+
+    `model` has no gate yet; `text_rows` are of the held-out documents.
+    """
+    rng = np.random.default_rng(seed)
+    memory = model.memory
+
+    def some(numbers: Numbers) -> Numbers:
+        return np.sort(rng.permutation(numbers)[:MAX_QUESTIONS])
+
+    taught, known, unknown = some(split.train), some(split.known), some(split.unknown)
+    chosen = np.sort(rng.permutation(text_rows)[:MAX_TEXT_TOKENS])
+    text, told = (
+        score_text(backbone, memory, windows, chosen, before, on_progress=on_progress)
+        for before in (None, contexts)
+    )
+
+    def answers(numbers: Numbers) -> HeldOutRows:
+        queries = torch.from_numpy(study.query_vectors[numbers])
+        return score_answers(backbone, memory, [questions[n] for n in numbers], queries)
+
+    parts = [told, answers(known), *([answers(unknown)] if len(unknown) else [])]
+    rows = HeldOutRows.joined(parts)
+    weights = torch.cat([torch.full_like(p.p_base, 1 / len(p.p_base)) for p in parts])
+    gate = Gate(
+        asked=fit_gate(rows.features, rows.p_memory, rows.p_base, weights),
+        plain=fit_gate(text.features, text.p_memory, text.p_base, torch.ones_like(text.p_base)),
+    )
+
+    asked = np.concatenate([taught, known, unknown])
+    replies = answer_batch(
+        model, backbone.tokenizer, [questions[n].text for n in asked], study.query_vectors[asked]
+    )
+    right = np.array(
+        [exact_match(t, [questions[n].answer]) for n, (t, _) in zip(asked, replies, strict=True)]
+    )
+    traces = [trace for _, trace in replies]
+    held_out = np.arange(len(taught), len(asked))
+    nearest = nearest_answers(study, questions, split.train, known)
+    figures = StudyFigures(
+        questions=len(questions),
+        sources=len(study.source_vectors),
+        coverage=coverage,
+        taught=float(right[: len(taught)].mean()),
+        held_out=float(right[len(taught) : len(taught) + len(known)].mean()),
+        nearest=float(np.mean(nearest)),
+        unknown=float(right[len(taught) + len(known) :].mean()) if len(unknown) else None,
+        confidence_auroc=_auroc(traces, right, held_out, rng),
+        text_gate=float(gate.opening(text.features, asked=False).mean()),
+        answer_gate=float(gate.opening(parts[1].features, asked=True).mean()),
+    )
+    confidence = fit_confidence([traces[n] for n in held_out], right[held_out].tolist())
+    return Calibration(gate, confidence, figures)
+
+
+def nearest_answers(
+    study: StudyRows, questions: Sequence[Question], taught: Numbers, asked: Numbers
+) -> list[bool]:
+    """Whether the learned question nearest to each one asked has the same answer."""
+    similarity = study.query_vectors[asked] @ study.query_vectors[taught].T
+    found = taught[similarity.argmax(1)]
+    return [
+        exact_match(questions[f].answer, [questions[a].answer])
+        for f, a in zip(found, asked, strict=True)
+    ]
+
+
+def _auroc(
+    traces: Sequence[Trace], right: npt.NDArray[np.bool_], rows: Numbers, rng: np.random.Generator
+) -> float | None:
+    """Fitted on one half of the rows, measured on the other."""
+    order = rng.permutation(rows)
+    half = len(order) // 2
+    fitted: list[int] = order[:half].tolist()
+    measured: list[int] = order[half:].tolist()
+    model = fit_confidence([traces[n] for n in fitted], right[fitted].tolist())
+    if model is None or len(set(right[measured].tolist())) < 2:
+        return None
+    return float(roc_auc_score(right[measured], [model.of(traces[n]) for n in measured]))
+
+
+def answer_coverage(questions: Sequence[Question], documents: Sequence[Document]) -> float:
+    """Share of the words of the documents that stand in an answer written from the same one."""
+    answered: dict[str, set[str]] = {}
+    for question in questions:
+        answered.setdefault(question.document, set()).update(normalize(question.answer).split())
+    words = [(d.id, word) for d in documents for word in normalize(d.text).split()]
+    return sum(word in answered.get(id_, ()) for id_, word in words) / max(1, len(words))

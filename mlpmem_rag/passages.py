@@ -1,0 +1,32 @@
+"""Documents cut at sentence ends, and where an answer stands in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines, without white space around them."""
+    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
+
+
+def passages(text: str, words: int) -> Iterator[str]:
+    """Runs of whole sentences of at most so many words (a longer sentence stands alone)."""
+    run: list[str] = []
+    for sentence in sentences(text):
+        if run and sum(len(s.split()) for s in (*run, sentence)) > words:
+            yield " ".join(run)
+            run = []
+        run.append(sentence)
+    if run:
+        yield " ".join(run)
+
+
+def answering_sentence(text: str, question: str, answer: str) -> str | None:
+    """The sentence with the answer that shares most words with the question; None without one."""
+    asked = set(re.findall(r"\w+", question.lower()))
+    holding = [s for s in sentences(text) if answer.lower() in s.lower()]
+    return max(holding, key=lambda s: len(asked & set(re.findall(r"\w+", s.lower()))), default=None)

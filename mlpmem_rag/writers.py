@@ -1,0 +1,127 @@
+"""Who writes the questions: rules, a language model, or the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.corpus import Document
+from mlpmem_rag.errors import ConfigError, CorpusError
+from mlpmem_rag.language_writer import LanguageModelWriter, base_model_completer
+from mlpmem_rag.passages import answering_sentence
+from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.questions import BASE_MODEL, RULES, WRITERS, Question, QuestionWriter
+
+
+def write_questions(
+    sources: Sequence[str],
+    documents: Sequence[Document],
+    backbone: Backbone | None,
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> list[Question]:
+    """Questions of all writers, in the order they are named, none twice.
+
+    Args:
+        sources: `rules`, `base-model`, or paths of jsonl files.
+        documents: what the questions are about.
+        backbone: the base model, where it writes.
+        on_progress: called often.
+
+    Raises:
+        ConfigError: a source that is neither a writer nor a file, or a row that is no question.
+        CorpusError: no question could be written.
+    """
+    written: dict[tuple[str, str], Question] = {}
+    for writer in [writer_of(source, backbone) for source in sources]:
+        for question in writer.write(documents, on_progress=on_progress):
+            written.setdefault((question.text, question.answer), question)
+    if not written:
+        raise CorpusError(
+            f"no question could be written from the corpus by {', '.join(sources)}; give "
+            "questions of your own with --questions FILE.jsonl, or train with --recipe paper"
+        )
+    return list(written.values())
+
+
+def writer_of(source: str, backbone: Backbone | None) -> QuestionWriter:
+    """A writer by name, or the questions in a file.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if source == RULES:
+        from mlpmem_rag.rules import RuleWriter
+
+        return RuleWriter()
+    if source == BASE_MODEL and backbone is not None:
+        return LanguageModelWriter(base_model_completer(backbone))
+    if Path(source).is_file():
+        return OwnQuestions(Path(source))
+    raise ConfigError(
+        f"questions {source!r}: neither a writer nor a file; allowed are {', '.join(WRITERS)} "
+        'and jsonl files with {"question": …, "answer": …} on each line'
+    )
+
+
+@dataclass(frozen=True)
+class OwnQuestions:
+    """The user's own questions, or those of another writer after a person has edited them.
+
+    One JSON object a line: `question` (or `text`), `answer` (or `answers`, the first of which is
+    learned), and, where known, `document` (or `doc_ids`) and `source`, the sentence that answers.
+    """
+
+    path: Path
+
+    def write(
+        self,
+        documents: Sequence[Document],
+        *,
+        on_progress: OnProgress = ignore_progress,
+    ) -> Iterator[Question]:
+        """Yield them in order; the source is the sentence of the documents that answers best.
+
+        Raises:
+            ConfigError: a line that is no question, by its number.
+        """
+        by_id = {document.id: document for document in documents}
+        with self.path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    question, ids = self._parsed(line, number)
+                    named = [by_id[id_] for id_ in ids if id_ in by_id]
+                    yield (
+                        question
+                        if question.source
+                        else _sourced(question, named or list(documents))
+                    )
+
+    def _parsed(self, line: str, number: int) -> tuple[Question, list[str]]:
+        try:
+            row = json.loads(line)
+            text = row["question"] if "question" in row else row["text"]
+            answer = row["answer"] if "answer" in row else row["answers"][0]
+            ids = [row["document"]] if "document" in row else list(row.get("doc_ids", []))
+            source = row.get("source", "")
+            question = Question(text.strip(), answer.strip(), source.strip(), "".join(ids[:1]))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            question = Question("", "", "", "")
+        if not (question.text and question.answer):
+            raise ConfigError(
+                f"{self.path}, line {number} is no question: {line.strip()[:80]!r}; give "
+                '{"question": "…", "answer": "…"}, and "doc_ids": […] where known'
+            )
+        return question, ids
+
+
+def _sourced(question: Question, documents: Sequence[Document]) -> Question:
+    """With the sentence that answers it, or else with the question itself in its place."""
+    for document in documents:
+        source = answering_sentence(document.text, question.text, question.answer)
+        if source is not None:
+            return replace(question, source=source, document=document.id)
+    return replace(question, source=question.text, document=documents[0].id)

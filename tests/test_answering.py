@@ -1,0 +1,203 @@
+"""Many questions at once: the answers of one at a time, with the distributions they came from."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_rag import answering
+from mlpmem_rag.answering import answer_batch
+from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.confidence import Confidence, Trace
+from mlpmem_rag.gate import Gate
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.model import attach_memory
+from mlpmem_rag.prompts import prompt_ids
+from mlpmem_rag.query import PooledEncoder, Vectors
+
+QUESTIONS = [
+    "Who found wild honey?",
+    "Where?",
+    "What was sold for 42 crowns, which was far too little?",
+    "Why had the ledger of 1887 been left there?",
+    "Who?",
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONFIDENCE = Confidence((0.2, -0.3, 0.02, 0.1, -0.1, 0.05, 1.0))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A memory in both forms, the line end and the end of text among the tokens it likes."""
+
+    backbone: Backbone
+    memory: MemoryModel
+
+    @property
+    def vectors(self) -> Vectors:
+        assert self.memory.encoder is not None
+        return self.memory.encoder.encode(QUESTIONS)
+
+    def answers(self, count: int = 12, lambda_: float | None = None) -> list[tuple[str, Trace]]:
+        return answer_batch(
+            self.memory.model,
+            self.memory.tokenizer,
+            QUESTIONS,
+            self.vectors,
+            max_new_tokens=count,
+            lambda_=lambda_,
+        )
+
+
+def setup_on(folder: Path, template: str | None = None, *, seed: int) -> Setup:
+    backbone = load_backbone(str(folder), device="cpu", dtype="float32")
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = template
+    (line,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor(sorted({1, int(line), *range(290, 300)}))
+    width = backbone.hidden_size
+    config = MemoryConfig(
+        width, 24, 1, "silu", True, len(tokens), query_size=width, hidden_scale=2.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        memory = Memory(config)
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(memory.lm_head.weight, std=1.0)
+    memory.corpus_tokens = tokens
+    weights = (0.3, -0.2, -0.4, 0.1, 0.05, 4.0)
+    gate = Gate(asked=weights, plain=weights)
+    settings = MemorySettings(backbone.reference, backbone.layer, config, 0.9, 1.0, gate=gate)
+    model = attach_memory(backbone, memory, settings)
+    return Setup(backbone, MemoryModel(model, tokenizer, PooledEncoder(backbone), CONFIDENCE))
+
+
+@pytest.fixture(scope="module", params=[None, TEMPLATE])
+def setup(request: pytest.FixtureRequest, family_folder: Path) -> Setup:
+    """Of each family, with a chat template and without."""
+    return setup_on(family_folder, request.param, seed=2)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folder: Path) -> Setup:
+    """Its answers end after one token or not at all."""
+    return setup_on(tiny_folder, TEMPLATE, seed=4)
+
+
+def check_one_by_one(setup: Setup) -> set[int]:
+    """The lengths that were met."""
+    lengths = set()
+    for question, (text, trace) in zip(QUESTIONS, setup.answers(), strict=True):
+        expected = setup.memory.answer(question, max_new_tokens=12)
+        assert text == expected.text
+        assert len(trace.log_probs) == len(trace.entropies) == expected.new_tokens
+        assert expected.confidence == pytest.approx(CONFIDENCE.of(trace), abs=1e-4)
+        lengths.add(expected.new_tokens)
+    return lengths
+
+
+def test_a_batch_is_answered_as_one_by_one(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "BATCH", 3)  # so that there are two batches
+    check_one_by_one(setup)
+
+
+@pytest.mark.parametrize(("template", "seed"), [(TEMPLATE, 4), (None, 2), (None, 4)])
+def test_answers_of_one_batch_end_when_they_end(
+    tiny_folder: Path, template: str | None, seed: int
+) -> None:
+    """At the end of text, or at the line's: what fills up a shorter answer is none of it."""
+    assert len(check_one_by_one(setup_on(tiny_folder, template, seed=seed))) > 1
+
+
+def test_the_query_vectors_have_a_say(llama: Setup) -> None:
+    first = llama.answers(lambda_=1.0)
+    vectors = llama.vectors[::-1].copy()
+    other = answer_batch(
+        llama.memory.model, llama.memory.tokenizer, QUESTIONS, vectors, lambda_=1.0
+    )
+    assert [trace for _, trace in first] != [trace for _, trace in other]
+
+
+def test_each_question_has_the_vector_of_its_own_number(llama: Setup) -> None:
+    """Questions run ordered by length; a vector must not stay behind."""
+    for number, question in enumerate(QUESTIONS):
+        ((_, alone),) = answer_batch(
+            llama.memory.model,
+            llama.memory.tokenizer,
+            [question],
+            llama.vectors[[number]],
+            max_new_tokens=4,
+            lambda_=1.0,
+        )
+        _, together = llama.answers(4, lambda_=1.0)[number]
+        np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
+
+
+def test_a_trace_is_of_the_full_distributions(llama: Setup) -> None:
+    """Compared with a forward pass over the prompt and the greedy tokens."""
+    memory, lengths = llama.memory, set()
+    for number, (_, trace) in enumerate(llama.answers()):
+        ids = prompt_ids(memory.tokenizer, [{"role": "user", "content": QUESTIONS[number]}])
+        query = torch.from_numpy(llama.vectors[[number]])
+        ended = False
+        for log_prob, entropy in zip(trace.log_probs, trace.entropies, strict=True):
+            assert not ended, "nothing is traced after the end of text"
+            with torch.no_grad():
+                output = memory.model(input_ids=torch.tensor([ids]), query_vector=query)
+            probs = output.logits[0, -1].double().softmax(-1)
+            assert log_prob == pytest.approx(math.log(probs.max()), abs=1e-4)
+            expected = -(probs * probs.clamp_min(1e-300).log()).sum().item()
+            assert entropy == pytest.approx(expected, abs=1e-4)
+            ids = [*ids, int(probs.argmax())]
+            ended = ids[-1] == memory.tokenizer.eos_token_id
+        assert ended or len(trace.log_probs) == 12
+        lengths.add(len(trace.log_probs))
+    assert len(lengths) > 1, "an answer of each batch ends before the others"
+
+
+def test_lambda_zero_is_answered_by_the_base_model_alone(llama: Setup) -> None:
+    base: Any = llama.backbone.model
+    for question, (text, _) in zip(QUESTIONS, llama.answers(8, 0.0), strict=True):
+        prompt = prompt_ids(llama.memory.tokenizer, [{"role": "user", "content": question}])
+        ids = torch.tensor([prompt])
+        tokens = base.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+        )[0, ids.shape[1] :]
+        expected = str(llama.memory.tokenizer.decode(tokens, skip_special_tokens=True))
+        assert text == expected.strip()
+
+
+def test_without_vectors_no_request_is_known(llama: Setup) -> None:
+    model, tokenizer = llama.memory.model, llama.memory.tokenizer
+    none = answer_batch(model, tokenizer, QUESTIONS, None)
+    zero = answer_batch(model, tokenizer, QUESTIONS, np.zeros_like(llama.vectors))
+    assert none == zero
+
+
+def test_no_questions_have_no_answers(llama: Setup) -> None:
+    assert answer_batch(llama.memory.model, llama.memory.tokenizer, [], None) == []
+
+
+def test_a_tokenizer_without_special_tokens_will_do(bare_folder: Path) -> None:
+    backbone = load_backbone(str(bare_folder), device="cpu", dtype="float32")
+    config = MemoryConfig(backbone.hidden_size, 24, 1, "silu", True, vocab_size=40)
+    memory = Memory(config)
+    memory.corpus_tokens = torch.arange(250, 290)
+    settings = MemorySettings(backbone.reference, backbone.layer, config, 0.3, 1.0)
+    asked = MemoryModel(attach_memory(backbone, memory, settings), backbone.tokenizer)
+    found = answer_batch(asked.model, asked.tokenizer, QUESTIONS, None, max_new_tokens=6)
+    for question, (text, trace) in zip(QUESTIONS, found, strict=True):
+        expected = asked.answer(question, max_new_tokens=6)
+        assert (text, len(trace.log_probs)) == (expected.text, expected.new_tokens)

@@ -1,0 +1,371 @@
+"""Calibration: held-out rows as the model sees them, splits, and what a lookup would reach."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_rag import calibrate as module
+from mlpmem_rag.answering import answer_batch
+from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.calibrate import (
+    Calibration,
+    HeldOutRows,
+    QuestionSplit,
+    StudyFigures,
+    answer_coverage,
+    calibrate,
+    nearest_answers,
+    score_answers,
+    score_positions,
+    score_text,
+    split_questions,
+)
+from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.contexts import Contexts, encode_contexts
+from mlpmem_rag.corpus import Document
+from mlpmem_rag.gate import Gate, gate_features
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
+from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.query import PooledEncoder
+from mlpmem_rag.questions import Question
+from mlpmem_rag.scoring import exact_match
+from mlpmem_rag.study import StudyRows, study_rows
+from mlpmem_rag.windows import Window, make_windows, tokenize
+
+CORPUS_TOKENS = torch.arange(4, 300, 2)
+"""Every other token: half of the true tokens have no memory mass."""
+QUESTIONS = [
+    Question(f"Who found the {thing} of {place}?", answer, f"{answer} found it.", f"doc-{n}")
+    for n, (thing, place, answer) in enumerate(
+        [
+            ("lamps", "the mill", "Ines Maro"),
+            ("map", "the harbour", "Dr. Tollen"),
+            ("honey", "a mountain hut", "the night watchman"),
+            ("ledger", "Lake Orsa", "two surveyors"),
+            ("lamp", "the old mill, which nobody had asked about", "Ines Maro"),
+        ]
+    )
+]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A random query-aware memory on a tiny base model, and what it would be calibrated with."""
+
+    backbone: Backbone
+    model: MLPMemForCausalLM
+    study: StudyRows
+    windows: list[Window]
+    contexts: Contexts
+
+    @property
+    def queries(self) -> torch.Tensor:
+        return torch.from_numpy(self.study.query_vectors)
+
+
+def setup_on(folder: Path, documents: list[Document]) -> Setup:
+    backbone = load_backbone(str(folder), device="cpu", dtype="float32")
+    width = backbone.hidden_size
+    config = MemoryConfig(
+        width, 24, 1, "silu", True, len(CORPUS_TOKENS), query_size=width, hidden_scale=2.0
+    )
+    memory = Memory(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    memory.corpus_tokens = CORPUS_TOKENS
+    settings = MemorySettings(backbone.reference, backbone.layer, config, 1.0, 1.0)
+    encoder = PooledEncoder(backbone)
+    windows = make_windows(tokenize(documents, backbone.tokenizer), length=40, stride=25)
+    return Setup(
+        backbone,
+        attach_memory(backbone, memory, settings),
+        study_rows(backbone, encoder, QUESTIONS),
+        windows,
+        encode_contexts(encoder, backbone.tokenizer, windows),
+    )
+
+
+@pytest.fixture(scope="module")
+def setup(family_folder: Path, tiny_documents: list[Document]) -> Setup:
+    """Of each family."""
+    return setup_on(family_folder, tiny_documents[:4])
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folder: Path, tiny_documents: list[Document]) -> Setup:
+    return setup_on(tiny_folder, tiny_documents[:4])
+
+
+def check(
+    setup: Setup, found: HeldOutRows, row: int, ids: list[int], query: torch.Tensor | None
+) -> None:
+    """One row against the model's own forward pass up to the token before."""
+    before = torch.tensor([ids[:-1]])
+    with torch.no_grad():
+        p_base = setup.backbone.model(input_ids=before).logits[0, -1].softmax(-1)
+        vector = None if query is None else query[None]
+        memory = setup.model(input_ids=before, query_vector=vector, memory_lambda=1.0)
+    p_memory = memory.logits[0, -1].exp()
+    assert found.p_base[row].item() == pytest.approx(p_base[ids[-1]].item(), rel=1e-3)
+    expected = p_memory[ids[-1]].item()
+    assert found.p_memory[row].item() == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    assert (expected == 0) == (ids[-1] not in CORPUS_TOKENS)
+    features = gate_features(p_memory[CORPUS_TOKENS].log(), p_base.log(), CORPUS_TOKENS)
+    torch.testing.assert_close(found.features[row], features, rtol=1e-3, atol=1e-3)
+
+
+# Rows.
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_rows_of_answers_equal_the_models_forward(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(module, "BATCH", batch)
+    found = score_answers(setup.backbone, setup.model.memory, QUESTIONS, setup.queries)
+    row = 0
+    for number, question in enumerate(QUESTIONS):
+        tokenizer = setup.backbone.tokenizer
+        prompt = prompt_ids(tokenizer, [{"role": "user", "content": question.text}])
+        answer = answer_ids(tokenizer, question.answer)
+        for length in range(1, len(answer) + 1):
+            check(setup, found, row, prompt + answer[:length], setup.queries[number])
+            row += 1
+    assert row == len(found.p_base) == setup.study.num_rows
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_rows_of_text_equal_the_models_forward(setup: Setup, told: bool) -> None:
+    every = [
+        (window, place)
+        for window in setup.windows
+        for place in range(window.context, len(window.token_ids))
+    ]
+    rows = np.sort(np.random.default_rng(0).permutation(len(every))[:25])
+    contexts = setup.contexts if told else None
+    memory = setup.model.memory
+    found = score_text(setup.backbone, memory, setup.windows, rows, contexts)
+    assert len(found.p_base) == len(rows)
+    for number, row in enumerate(rows):
+        window, place = every[row]
+        query = torch.from_numpy(setup.contexts.vectors[setup.contexts.blocks[row]])
+        ids = window.token_ids[: place + 1].tolist()
+        check(setup, found, number, ids, query if told else None)
+
+
+def test_sequences_together_equal_each_alone(llama: Setup) -> None:
+    sequences = [[0, 40, 81, 122, 163, 204, 9], [0, 7, 14], [0, 90, 91, 92, 93]]
+    places = [[2, 6, 3], [1], [4, 1]]
+    queries = torch.nn.functional.normalize(torch.randn(6, 32, generator=_seeded()), dim=1)
+    memory = llama.model.memory
+    together = score_positions(llama.backbone, memory, sequences, places, queries)
+    row = 0
+    for sequence, part in zip(sequences, places, strict=True):
+        for place in part:
+            alone = score_positions(
+                llama.backbone, memory, [sequence], [[place]], queries[row : row + 1]
+            )
+            for name in ("features", "p_memory", "p_base"):
+                expected = getattr(alone, name)[0]
+                torch.testing.assert_close(
+                    getattr(together, name)[row], expected, rtol=1e-4, atol=1e-6
+                )
+            row += 1
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def test_the_mixture_of_rows_is_that_of_the_model(llama: Setup) -> None:
+    gate = Gate(asked=(0.2, -0.1, 0.3, 0.1, -0.2, 0.4), plain=(0.0,) * 6)
+    settings = MemorySettings(
+        llama.backbone.reference, llama.backbone.layer, llama.model.memory.config, 0.8, 1.0
+    )
+    gated = attach_memory(llama.backbone, llama.model.memory, replace(settings, gate=gate))
+    rows = score_answers(llama.backbone, llama.model.memory, QUESTIONS[:1], llama.queries[:1])
+    tokenizer = llama.backbone.tokenizer
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": QUESTIONS[0].text}])
+    answer = answer_ids(tokenizer, QUESTIONS[0].answer)
+    with torch.no_grad():
+        ids = torch.tensor([prompt + answer])
+        probs = gated(input_ids=ids, query_vector=llama.queries[:1]).logits[0].exp()
+    expected = probs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).squeeze(1)
+    torch.testing.assert_close(rows.mixed(gate, 0.8, asked=True), expected, rtol=1e-3, atol=1e-8)
+    plain = rows.mixed(gate, 0.8, asked=False)
+    torch.testing.assert_close(plain, 0.4 * rows.p_memory + 0.6 * rows.p_base)
+    ungated = rows.mixed(None, 0.8, asked=True)
+    torch.testing.assert_close(ungated, 0.8 * rows.p_memory + 0.2 * rows.p_base)
+
+
+def test_a_question_beyond_the_context_window_does_no_harm(setup: Setup) -> None:
+    """It has no rows to learn from; with learned positions, the base cannot even read it."""
+    long = Question("ledger " * 120, "Ines Maro", "s", "doc-0")
+    queries = torch.cat([setup.queries[:1], setup.queries[:1]])
+    found = score_answers(setup.backbone, setup.model.memory, [QUESTIONS[0], long], queries)
+    assert torch.isfinite(found.p_base).all()
+    replies = answer_batch(
+        setup.model, setup.backbone.tokenizer, [QUESTIONS[0].text, long.text], queries.numpy()
+    )
+    assert len(replies) == 2
+
+
+# Which questions are held out.
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_every_question_is_in_one_part(validated: bool) -> None:
+    questions = [Question(f"q{n}", "a", "s", f"doc-{n % 10}") for n in range(1000)]
+    held_out = {"doc-3", "doc-7"}
+    split = split_questions(questions, held_out, validated=validated, seed=0)
+    parts = [split.train, split.known, split.unknown]
+    assert np.sort(np.concatenate(parts)).tolist() == list(range(1000))
+    assert all(part.tolist() == sorted(part.tolist()) for part in parts)
+    assert {questions[n].document for n in split.unknown} == held_out
+    assert len(split.unknown) == 200
+    if validated:
+        assert len(split.known) == pytest.approx(800 * module.HELD_OUT_QUESTIONS, rel=0.4)
+        assert split.calibrates
+    else:
+        assert len(split.known) == 0
+        assert not split.calibrates
+
+
+def test_the_seed_decides_which() -> None:
+    questions = [Question(f"q{n}", "a", "s", "doc") for n in range(500)]
+
+    def known(seed: int) -> list[int]:
+        return split_questions(questions, set(), validated=True, seed=seed).known.tolist()
+
+    assert known(0) == known(0) != known(1)
+
+
+def test_no_questions_are_no_split() -> None:
+    split = split_questions([], set(), validated=True, seed=0)
+    assert [len(part) for part in (split.train, split.known, split.unknown)] == [0, 0, 0]
+
+
+# What a lookup would reach, and what the questions cover.
+
+
+def test_the_nearest_question_by_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(60, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    answers = [("The mill", "mill.", "quay")[n] for n in rng.integers(3, size=60)]
+    questions = [Question(f"q{n}", answer, "s", "d") for n, answer in enumerate(answers)]
+    none = np.zeros((0, 8), dtype=np.float32)
+    ints = np.zeros(60, dtype=np.int32)
+    study = StudyRows(np.zeros((0, 4), np.float16), ints[:0], ints[:0], vectors, none, ints)
+    taught, asked = np.arange(5, 45), np.arange(45, 60)
+    expected = []
+    for a in asked:
+        nearest = max(taught, key=lambda t: float(vectors[a] @ vectors[t]))
+        expected.append(exact_match(answers[nearest], [answers[a]]))
+    found = nearest_answers(study, questions, taught, asked)
+    assert found == expected
+    assert len(set(found)) == 2
+
+
+def test_coverage_by_hand() -> None:
+    documents = [
+        Document("a", "The old mill. A mill burned in 1887!", None, "a"),  # 6 words, articles aside
+        Document("b", "Honey, honey", None, "b"),
+        Document("c", "Nobody asked.", None, "c"),
+    ]
+    questions = [
+        Question("?", "the mill", "s", "a"),
+        Question("?", "In 1887", "s", "a"),
+        Question("?", "old honey", "s", "b"),
+        Question("?", "asked", "s", "elsewhere"),
+    ]
+    assert answer_coverage(questions, documents) == pytest.approx((4 + 2 + 0) / (6 + 2 + 2))
+    assert answer_coverage([], documents) == 0.0
+    assert answer_coverage(questions, []) == 0.0
+
+
+# The whole of it.
+
+
+@pytest.fixture(scope="module")
+def calibrated(llama: Setup) -> tuple[Calibration, QuestionSplit]:
+    split = QuestionSplit(np.array([0, 3]), np.array([1, 4]), np.array([2]))
+    rows = np.arange(sum(window.num_rows for window in llama.windows))
+    calibration = calibrate(
+        llama.model,
+        llama.backbone,
+        QUESTIONS,
+        llama.study,
+        split,
+        llama.windows,
+        llama.contexts,
+        rows,
+        0.5,
+        seed=0,
+    )
+    return calibration, split
+
+
+def test_the_gate_is_better_than_any_constant_on_what_it_was_fitted_to(
+    llama: Setup, calibrated: tuple[Calibration, QuestionSplit]
+) -> None:
+    calibration, _ = calibrated
+    rows = np.arange(sum(window.num_rows for window in llama.windows))
+    memory = llama.model.memory
+    text = score_text(llama.backbone, memory, llama.windows, rows)
+
+    def nll(probs: torch.Tensor) -> float:
+        return -probs.clamp_min(1e-30).log().mean().item()
+
+    fitted = nll(text.mixed(calibration.gate, 1.0, asked=False))
+    constants = [nll(text.mixed(None, c, asked=False)) for c in np.linspace(0.001, 0.99, 100)]
+    assert fitted < min(constants) + 1e-4
+    mean = calibration.gate.opening(text.features, asked=False).mean().item()
+    assert calibration.figures.text_gate == pytest.approx(mean, rel=1e-3)
+
+
+def test_its_figures_equal_a_count_of_the_answers(
+    llama: Setup, calibrated: tuple[Calibration, QuestionSplit]
+) -> None:
+    calibration, split = calibrated
+    figures = calibration.figures
+
+    def right(numbers: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> float:
+        texts = answer_batch(
+            llama.model,
+            llama.backbone.tokenizer,
+            [QUESTIONS[n].text for n in numbers],
+            llama.study.query_vectors[numbers],
+        )
+        matches = [
+            exact_match(text, [QUESTIONS[n].answer])
+            for (text, _), n in zip(texts, numbers, strict=True)
+        ]
+        return sum(matches) / len(matches)
+
+    assert (figures.questions, figures.sources, figures.coverage) == (5, 4, 0.5)
+    assert figures.taught == right(split.train)
+    assert figures.held_out == right(split.known)
+    assert figures.unknown == right(split.unknown)
+    nearest = nearest_answers(llama.study, QUESTIONS, split.train, split.known)
+    assert figures.nearest == sum(nearest) / 2
+    assert (calibration.confidence, figures.confidence_auroc) == (None, None), "all were wrong"
+
+
+@pytest.mark.parametrize("confidence", [None, Confidence((0.5,) * 7)])
+def test_it_comes_back_from_json(confidence: Confidence | None) -> None:
+    figures = StudyFigures(5, 4, 0.5, taught=0.25, text_gate=math.pi)
+    gate = Gate((0.1,) * 6, (1 / 3,) * 6)
+    calibration = Calibration(gate, confidence, figures)
+    assert Calibration.from_dict(json.loads(json.dumps(asdict(calibration)))) == calibration
