@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.prompts import STOP_STRING, chats, prompt_ids
@@ -43,15 +44,17 @@ class Recorder(LogitsProcessor):
 def generation_config(
     model: MLPMemForCausalLM, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """Greedy, to the end of the answer as the base model marks it."""
-    eos = model.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
+    """Greedy, to the end of the answer as base model or tokenizer mark it."""
+    marks = model.generation_config.eos_token_id
+    ends = list(marks) if isinstance(marks, list) else [marks]
+    # Answers were taught with the tokenizer's mark, which need not be the model's.
+    eos = sorted({mark for mark in (*ends, tokenizer.eos_token_id) if mark is not None})
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=eos,
+        eos_token_id=eos or None,
         bos_token_id=model.generation_config.bos_token_id,
-        pad_token_id=eos[0] if isinstance(eos, list) else eos,
+        pad_token_id=eos[0] if eos else 0,
         stop_strings=None if chats(tokenizer) else [STOP_STRING],
     )
 
@@ -67,7 +70,8 @@ def answer_batch(
     lambda_: float | None = None,
 ) -> list[tuple[str, Trace]]:
     """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, Q)."""
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    room = context_window(model.base) - max_new_tokens
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": q}])[-room:] for q in questions]
     config = generation_config(model, tokenizer, max_new_tokens)
     generator: Any = model  # generate() is annotated for other classes
     answers: dict[int, tuple[str, Trace]] = {}
@@ -87,10 +91,8 @@ def answer_batch(
             tokenizer=tokenizer,
         )[:, ids.shape[1] :].tolist()
         for line, number in enumerate(batch):
-            length = _length(output[line], config.eos_token_id)
+            length = _length(tokenizer, output[line], config)
             text = str(tokenizer.decode(output[line][:length], skip_special_tokens=True))
-            if not chats(tokenizer):
-                text = text.split(STOP_STRING)[0]
             answers[number] = (text.strip(), recorder.trace(line, length))
     return [answers[number] for number in range(len(prompts))]
 
@@ -105,7 +107,13 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Te
     return ids, mask
 
 
-def _length(tokens: Sequence[int], eos: int | list[int]) -> int:
-    """Tokens up to and including the first end-of-text token."""
-    ends = set(eos) if isinstance(eos, list) else {eos}
-    return next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
+def _length(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], config: GenerationConfig
+) -> int:
+    """Tokens up to and including the one that ends the answer; what follows is padding."""
+    for number, token in enumerate(tokens, 1):
+        if token in (config.eos_token_id or ()):
+            return number
+        if config.stop_strings and STOP_STRING in str(tokenizer.decode([token])):
+            return number
+    return len(tokens)

@@ -131,7 +131,7 @@ def load_settings(folder: Path) -> MemorySettings:
                 Confidence(**_weights(config["confidence"])) if config["confidence"] else None
             ),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}); train again"
         ) from error

@@ -41,6 +41,8 @@ MAX_QUESTIONS = 128
 """Questions of each kind that are answered for calibration."""
 MAX_TEXT_TOKENS = 2048
 BATCH = 16
+OTHER_TEXTS = 32
+OTHER_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,24 @@ class QuestionSplit:
 
 def split_questions(
     questions: Sequence[Question],
+    studied: npt.NDArray[np.int32],
     held_out_documents: set[str],
     *,
     validated: bool,
     seed: int,
 ) -> QuestionSplit:
-    """Set apart the questions about held-out documents and, to validate, a share of the others."""
+    """Set apart the questions about held-out documents and, to validate, a share of the others.
+
+    Only of those that have rows: `studied` holds their numbers, in any order and repeated.
+    """
     is_unknown = np.array([q.document in held_out_documents for q in questions], dtype=bool)
     chosen = np.random.default_rng(seed).random(len(questions)) < HELD_OUT_QUESTIONS
     is_known = ~is_unknown & chosen & validated
+    there = np.isin(np.arange(len(questions)), studied)
     return QuestionSplit(
-        train=np.flatnonzero(~is_unknown & ~is_known),
-        known=np.flatnonzero(is_known),
-        unknown=np.flatnonzero(is_unknown),
+        train=np.flatnonzero(there & ~is_unknown & ~is_known),
+        known=np.flatnonzero(there & is_known),
+        unknown=np.flatnonzero(there & is_unknown),
     )
 
 
@@ -182,6 +189,42 @@ def score_text(
     return HeldOutRows.joined(parts)
 
 
+@torch.inference_mode()
+def score_other_text(backbone: Backbone, memory: Memory, *, seed: int) -> HeldOutRows:
+    """Text that is not the corpus's: what the base model writes when nothing is asked of it.
+
+    The memory has nothing to say there, and the gate learns to leave it out.
+    """
+    mark = backbone.tokenizer.bos_token_id
+    mark = backbone.tokenizer.eos_token_id if mark is None else mark
+    start = torch.full((OTHER_TEXTS, 1), mark or 0, device=backbone.device)
+    model: Any = backbone.model  # generate() is annotated for other classes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        texts = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=OTHER_TOKENS,
+            min_new_tokens=OTHER_TOKENS,
+            pad_token_id=mark or 0,
+        ).tolist()
+    places = range(OTHER_TOKENS // 4, OTHER_TOKENS)  # with some text before it
+    parts = [
+        score_positions(backbone, memory, texts[f : f + BATCH], [places] * BATCH, None)
+        for f in range(0, OTHER_TEXTS, BATCH)
+    ]
+    return HeldOutRows.joined(parts)
+
+
+def _fitted(parts: Sequence[HeldOutRows]) -> tuple[float, ...]:
+    """A gate's weights on several kinds of rows that count alike, whatever their number."""
+    rows = HeldOutRows.joined(parts)
+    weights = torch.cat([torch.full_like(p.p_base, 1 / len(p.p_base)) for p in parts])
+    return fit_gate(rows.features, rows.p_memory, rows.p_base, weights)
+
+
 @dataclass(frozen=True)
 class StudyFigures:
     """What the training without held-out parts has learned of the written questions.
@@ -267,13 +310,9 @@ def calibrate(
         queries = torch.from_numpy(study.query_vectors[numbers])
         return score_answers(backbone, memory, [questions[n] for n in numbers], queries)
 
-    parts = [told, answers(known), *([answers(unknown)] if len(unknown) else [])]
-    rows = HeldOutRows.joined(parts)
-    weights = torch.cat([torch.full_like(p.p_base, 1 / len(p.p_base)) for p in parts])
-    gate = Gate(
-        asked=fit_gate(rows.features, rows.p_memory, rows.p_base, weights),
-        plain=fit_gate(text.features, text.p_memory, text.p_base, torch.ones_like(text.p_base)),
-    )
+    answered = [answers(known), *([answers(unknown)] if len(unknown) else [])]
+    other = score_other_text(backbone, memory, seed=seed)
+    gate = Gate(asked=_fitted([told, *answered]), plain=_fitted([text, other]))
 
     asked = np.concatenate([taught, known, unknown])
     replies = answer_batch(
@@ -295,7 +334,7 @@ def calibrate(
         unknown=float(right[len(taught) + len(known) :].mean()) if len(unknown) else None,
         confidence_auroc=_auroc(traces, right, held_out, rng),
         text_gate=float(gate.opening(text.features, asked=False).mean()),
-        answer_gate=float(gate.opening(parts[1].features, asked=True).mean()),
+        answer_gate=float(gate.opening(answered[0].features, asked=True).mean()),
     )
     confidence = fit_confidence([traces[n] for n in held_out], right[held_out].tolist())
     return Calibration(gate, confidence, figures)

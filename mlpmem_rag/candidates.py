@@ -177,7 +177,7 @@ def _is_answer(span: Span) -> bool:
     if not 0 < len(span) <= MAX_ANSWER_TOKENS or "(" in span.text:
         return False
     aside = start > 0 and doc[start - 1].text == "(" and doc[start].pos_ != "NUM"
-    if end < len(doc) and doc[end].text == "°":
+    if doc[start].tag_ in ("WP$", "WDT", "WP") or (end < len(doc) and doc[end].text == "°"):
         return False
     tied = end < len(doc) and doc[end].text in HYPHENS and not doc[end - 1].whitespace_
     told = any(t.pos_ == "NUM" or not (t.is_stop or t.is_punct) for t in span)

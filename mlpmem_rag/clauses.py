@@ -249,7 +249,7 @@ def _participle(verb: Token) -> bool:
     if verb.dep_ == "conj" and verb.tag_ in ("VBN", "VBD"):
         objects = any(child.dep_ in COMPLEMENTS[:1] for child in verb.children)
         after = verb.head.dep_ in ("acl", "acomp") and verb.head.tag_ in ("VBN", "VBD", "JJ")
-        return after and not objects
+        return (after or verb.tag_ == "VBN") and not objects
     return verb.tag_ == "VBN" or (verb.tag_ == "VBD" and verb.dep_ == "acl")
 
 

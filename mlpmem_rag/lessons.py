@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -139,7 +140,7 @@ class StudyConfig:
         Raises:
             ConfigError: a value outside what is allowed.
         """
-        if min(self.query_noise, self.hidden_noise) < 0:
+        if not all(0 <= noise < math.inf for noise in (self.query_noise, self.hidden_noise)):
             raise ConfigError(
                 f"noise {self.query_noise} on queries, {self.hidden_noise} on hidden states: "
                 "allowed are 0 and above"

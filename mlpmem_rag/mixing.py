@@ -45,7 +45,7 @@ def mix(
     if lambda_ == 0.0:
         return base_logits
     base = base_logits.float().log_softmax(-1)
-    weight = torch.tensor(lambda_, device=base.device)
+    weight = torch.tensor(lambda_, dtype=torch.float64, device=base.device)
     if gate is not None:
         features = gate_features(memory_log_probs, base, corpus_tokens)
         weight = (lambda_ * gate.opening(features, asked=asked))[..., None]

@@ -236,7 +236,7 @@ def _study(
 
     # Learned without the held-out documents and a share of the questions, to find out how far
     # the memory is to be trusted.
-    held_out = stages.split_questions(questions, datastore, split)
+    held_out = stages.split_questions(studied, datastore, split)
     memory, distilled = stages.learn(datastore, targets, studied, split.train, held_out.train)
     if not held_out.calibrates:
         tuned, calibration = Tuned(UNGATED_LAMBDA), None

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_rag.candidates import NOT_IN_FRONT, candidates, list_members
-from mlpmem_rag.clauses import NOUNS, Clause, clauses, form_of_be, noun_phrase, pruned
+from mlpmem_rag.clauses import NOUNS, SUBJECTS, Clause, clauses, form_of_be, noun_phrase, pruned
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import MissingDependencyError
 from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
@@ -42,7 +42,7 @@ KEY_VALUE = re.compile(r"\s*[-*]?\s*\**([A-Z][^:.]{1,50}?)\**\s*[:=]\s*\**\s*(\S
 
 PIECES = ("compound", "nummod", "nmod", "amod")
 CONTENT = ("NOUN", "PROPN", "VERB", "ADJ", "NUM")
-PLACELIKE = ("where", "when", "on what date", "what year", "how long", "how often")
+PLACELIKE = ("where", "when", "at what age", "on what date", "what year", "how long", "how often")
 NAMING_VERBS = ("call", "know", "name", "term", "dub", "nickname", "refer")
 DROPPED = ("in", "at", "on", "for", "during", "since", "from", "to", "near", "between")
 
@@ -194,23 +194,25 @@ def _questions(
 ) -> Iterator[str]:
     """Questions for an answer: from every clause it stands in, by every wh-phrase it takes.
 
-    With the likeliest wh-phrase, a question also tells what the clause says besides, and which
-    document it asks about. An answer outside all clauses is asked for by the sentence's words.
+    With the likeliest wh-phrase, a question also tells what the clause says besides. A short one
+    that does not tell which document it asks about is also written with the title. A name outside
+    all clauses is asked for by the sentence's words.
     """
     likeliest, *others = asked_as(answer, mentions)
     if likeliest.wh == "what" and answer.root.dep_ == "prep":
         return  # `What was it known?`
+    yield from _or_name(answer, names)
     besides = _besides(answer, names)
     written = False
     for clause in found:
         role = _role(answer, clause, found, meant)
         if role is None or (role == "subject" and _says_little(clause)):
             continue
+        words = {**names, **clause.names}
         if role == "inside":
-            yield from _of_event(likeliest, clause, {**names, **clause.names})
+            yield from _of_event(likeliest, clause, words)
             if answer.root.dep_ == "amod":
                 continue
-        words = {**names, **clause.names}
         first = _relative(clause, role, answer) or likeliest
         forms = [(first, True), (first, False), *((other, True) for other in others)]
         most = 1 if role == "inside" or besides else 2 if first != likeliest else len(forms)
@@ -225,16 +227,17 @@ def _questions(
             written = True
             question = f"{question} {besides}".strip()
             yield question
+            if not short:
+                continue
             if not _told(f"{question} {answer.text}", mentions.title):
-                if short or modifier:
-                    yield f"{question} ({mentions.title})"
-            elif short and mentions.acronym and mentions.title in question:
+                yield f"{question} ({mentions.title})"
+            elif mentions.acronym and mentions.title in question:
                 yield re.sub(rf"(the )?{re.escape(mentions.title)}", mentions.acronym, question)
         if role == "body":
             yield from _by_agent(likeliest, clause, words)
             yield from _other_name(answer, clause, words)
             yield from _value_of(answer, clause, words)
-    if not written:
+    if not written and (not found or answer.root.ent_type_ or answer.root.pos_ == "PROPN"):
         rest = [token for token in answer.sent if not answer.start <= token.i < answer.end]
         if any(token.pos_ in CONTENT for token in rest):
             yield tidy(f"{likeliest.phrase} {words_of(rest, names)}")
@@ -256,6 +259,8 @@ def _by_agent(asked: Asked, clause: Clause, names: Mapping[int, str]) -> Iterato
         active = past_tense(verb.lemma_)
     elif helper in ("is", "are"):
         active = third_person(verb.lemma_)
+    elif others[0] == "be":  # `can be seen` -> `can see`
+        active = f"{helper} {verb.lemma_}"
     else:
         active = " ".join(["has" if helper == "have" else helper, *others]).replace(" been", "")
     wh = "what" if asked.wh in PLACELIKE else asked.phrase
@@ -296,6 +301,16 @@ def _other_name(answer: Span, clause: Clause, names: Mapping[int, str]) -> Itera
     if verb.lemma_ in NAMING_VERBS and named and verb.tag_ == "VBN":
         whom = words_of(pruned(clause.subject, clause, clause.head, short=True), names)
         yield tidy(f"what is another name for {whom}")
+
+
+def _or_name(answer: Span, names: Mapping[int, str]) -> Iterator[str]:
+    """`Helium-3, or tralphium, is ...` -> `What is another name for helium-3?`."""
+    root, first = answer.root, answer.root.head
+    if root.dep_ != "conj" or first.dep_ not in SUBJECTS or answer.start <= first.i:
+        return
+    either = any(child.dep_ == "cc" and child.lower_ == "or" for child in first.children)
+    if either and first.nbor(1).text in (",", "("):
+        yield tidy(f"what is another name for {words_of(noun_phrase(first), names)}")
 
 
 def _value_of(answer: Span, clause: Clause, names: Mapping[int, str]) -> Iterator[str]:

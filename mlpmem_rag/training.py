@@ -80,7 +80,7 @@ MIN_ROWS = 128
 DEFAULT_LAMBDA = 0.25
 """Where nothing could be held out to choose it (paper, WikiText)."""
 UNVALIDATED_EPOCHS = 3
-MIN_STEPS = 800
+MIN_STEPS = 600
 """Fewer leave even a small memory unfinished."""
 MEMORY_LAMBDA = 1.0
 """Of a memory with a gate, which lowers it token by token."""
@@ -298,7 +298,9 @@ class Stages:
     def questions(self) -> list[Question]:
         """Questions that the corpus answers, none twice; kept as jsonl for people to read."""
         documents = self._prepared.corpus.documents
-        key = stage_key(self._prepared.corpus.fingerprint, self._question_sources())
+        key = stage_key(
+            self._prepared.corpus.fingerprint, question_sources(self._prepared, self._config)
+        )
         with self._stage("questions", key) as (folder, done):
             path = folder / "questions.jsonl"
             if not done:
@@ -325,14 +327,20 @@ class Stages:
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder), encoder)
 
     def split_questions(
-        self, questions: list[Question], datastore: Datastore, split: Split
+        self, studied: Studied, datastore: Datastore, split: Split
     ) -> QuestionSplit:
         """Which questions are learned, which are held out with which documents."""
         documents = self._prepared.corpus.documents
         learned = set(np.unique(np.asarray(datastore.documents)[split.train]).tolist())
         unknown = {d.id for number, d in enumerate(documents) if number not in learned}
         validated = len(split.validation) > 0
-        return split_questions(questions, unknown, validated=validated, seed=self._config.seed)
+        return split_questions(
+            studied.questions,
+            studied.rows.questions,
+            unknown,
+            validated=validated,
+            seed=self._config.seed,
+        )
 
     def learn(
         self,
@@ -461,16 +469,6 @@ class Stages:
         backbone = self._prepared.backbone
         return MemorySettings(backbone.reference, backbone.layer, memory.config, 1.0, 1.0)
 
-    def _question_sources(self) -> list[str]:
-        """Writers by name and version, files by what is in them, the base model by its weights."""
-        sources = [__version__]
-        for name in self._config.questions:
-            path = Path(name)
-            sources.append(sha256(path) if name not in WRITERS and path.is_file() else name)
-            if name == BASE_MODEL:
-                sources.append(self._prepared.backbone.reference.weights)
-        return sources
-
     def _blank(self, datastore: Datastore, studied: Studied | None = None) -> Memory:
         backbone, config = self._prepared.backbone, self._config
         seen = [datastore.next_tokens] + ([studied.rows.next_tokens] if studied else [])
@@ -552,6 +550,18 @@ def datastore_key(prepared: Prepared, config: TrainConfig) -> str:
     )
 
 
+def question_sources(prepared: Prepared, config: TrainConfig) -> list[str]:
+    """Writers by name and version, files by what is in them, the base model by its weights."""
+    sources = [__version__]
+    for name in config.questions:
+        path = Path(name)
+        sources.append(sha256(path) if name not in WRITERS and path.is_file() else name)
+        if name == BASE_MODEL:
+            sources.append(prepared.backbone.reference.weights)
+    return sources
+
+
 def run_key(prepared: Prepared, config: TrainConfig) -> str:
     """What decides the whole memory."""
-    return stage_key(datastore_key(prepared, config), asdict(config))
+    settings = (asdict(config), question_sources(prepared, config))
+    return stage_key(datastore_key(prepared, config), settings)

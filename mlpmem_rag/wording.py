@@ -31,7 +31,7 @@ DIMENSIONS = {
     **{"thickness": "thick", "temperature": "hot"},
 }
 _EXTENTS = {
-    **{word: word for word in ("long", "wide", "tall", "high", "deep", "thick", "old", "across")},
+    **{word: word for word in ("long", "wide", "tall", "high", "deep", "thick", "old")},
     **{"away": "far away", "apart": "far apart", "across": "far across"},
 }
 _IRREGULAR = {
@@ -109,6 +109,9 @@ def asked_as(answer: Span, mentions: Mentions) -> list[Asked]:
         return [Asked("how", "", answer)]
     if root.pos_ in ("VERB", "AUX"):
         return [Asked("what", "", answer)]
+    age = root.head.head if root.dep_ == "pobj" and root.head.lower_ == "of" else root
+    if age.lemma_ == "age" and age.dep_ == "pobj" and age.head.lower_ == "at":
+        return [Asked("at what age", "", answer.doc[age.left_edge.i : answer.end])]
     if root.ent_type_ in ("DATE", "TIME") or _unit(root) in PERIODS:
         return [Asked(wh, noun, answer) for wh, noun in _of_time(answer)]
     if root.dep_ == "pobj" and root.head.lower_ == "of" and root.head.head.lemma_ in _NAMING:
@@ -132,8 +135,10 @@ def _of_modifier(answer: Span) -> list[Asked]:
             unit = f"{unit} {after.lower_}"
         return [Asked("how many", unit, whole, whole=False)]
     ways = [Asked("what kind of", noun.text, whole)]
-    if answer.root.ent_type_ == "NORP":
-        ways.append(Asked("what nationality", "", answer))
+    if answer.root.ent_type_ == "NORP" and noun.dep_ in ("attr", "appos"):
+        ways.append(Asked("what nationality", "", whole))
+    elif answer.root.ent_type_ == "NORP" and noun.lemma_ in ("word", "name", "term", "phrase"):
+        ways.append(Asked("what language", "", whole))
     return ways
 
 
@@ -232,15 +237,15 @@ def _of_name(answer: Span, mentions: Mentions) -> list[tuple[str, str]]:
         if root.dep_ == "nsubj" or root.head.dep_ == "agent":
             return [("who", ""), *(typed or [("what", "country" if kind == "GPE" else "place")])]
         return [("what", "place"), *(typed or [("what", "")])]
-    if kind in _KINDS and root.pos_ == "PROPN":
-        acts = root.dep_ == "nsubj" or root.head.dep_ == "agent"
-        return [("who" if acts else "what", ""), *(typed or [("what", _KINDS[kind])])][:2]
     if root.dep_ == "pobj" and root.head.lower_ in ("in", "at", "on"):
         verb = root.head.head
         where = [("where", "")] if verb.pos_ in ("VERB", "AUX") else []
         if verb.lemma_ in _LOCATING:
             return [*where, ("what", ""), *typed]
         return [("what", ""), *where, *typed]
+    if kind in _KINDS and root.pos_ == "PROPN":
+        acts = root.dep_ == "nsubj" or root.head.dep_ == "agent"
+        return [("who" if acts else "what", ""), *(typed or [("what", _KINDS[kind])])][:2]
     if root.pos_ == "PROPN" and root.head.dep_ == "agent":
         return [("who", ""), ("what", ""), *typed]
     if root.pos_ == "PROPN" and root.dep_ == "nsubj" and root.head.lemma_ != "be":

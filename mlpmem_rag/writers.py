@@ -89,23 +89,28 @@ class OwnQuestions:
             ConfigError: a line that is no question, by its number.
         """
         by_id = {document.id: document for document in documents}
-        with self.path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    question, ids = self._parsed(line, number)
-                    named = [by_id[id_] for id_ in ids if id_ in by_id]
-                    yield (
-                        question
-                        if question.source
-                        else _sourced(question, named or list(documents))
-                    )
+        for number, line in enumerate(self._lines(), 1):
+            if line.strip():
+                question, ids = self._parsed(line, number)
+                named = [by_id[id_] for id_ in ids if id_ in by_id]
+                known = question.source and named
+                yield question if known else _sourced(question, named or list(documents))
+
+    def _lines(self) -> list[str]:
+        try:
+            return self.path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{self.path} is no UTF-8 text ({error}); save it as UTF-8"
+            ) from error
 
     def _parsed(self, line: str, number: int) -> tuple[Question, list[str]]:
         try:
             row = json.loads(line)
             text = row["question"] if "question" in row else row["text"]
             answer = row["answer"] if "answer" in row else row["answers"][0]
-            ids = [row["document"]] if "document" in row else list(row.get("doc_ids", []))
+            ids = [row["document"]] if "document" in row else row.get("doc_ids", [])
+            ids = [ids] if isinstance(ids, str) else list(ids)
             source = row.get("source", "")
             question = Question(text.strip(), answer.strip(), source.strip(), "".join(ids[:1]))
         except (ValueError, LookupError, TypeError, AttributeError):

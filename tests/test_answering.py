@@ -17,9 +17,10 @@ from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.confidence import Confidence, Trace
+from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.memory import Memory, MemoryConfig
-from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.memory_model import NOT_KNOWN, MemoryModel
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.prompts import prompt_ids
 from mlpmem_rag.query import PooledEncoder, Vectors
@@ -201,3 +202,22 @@ def test_a_tokenizer_without_special_tokens_will_do(bare_folder: Path) -> None:
     for question, (text, trace) in zip(QUESTIONS, found, strict=True):
         expected = asked.answer(question, max_new_tokens=6)
         assert (text, len(trace.log_probs)) == (expected.text, expected.new_tokens)
+
+
+def test_below_the_threshold_nothing_is_claimed(llama: Setup) -> None:
+    free = llama.memory.answer(QUESTIONS[1], max_new_tokens=12)
+    assert free.confidence is not None
+    above, below = free.confidence + 0.01, free.confidence - 0.01
+    unsure = llama.memory.answer(QUESTIONS[1], max_new_tokens=12, threshold=above)
+    assert (unsure.text, unsure.confidence) == (NOT_KNOWN, free.confidence)
+    sure = llama.memory.answer(QUESTIONS[1], max_new_tokens=12, threshold=below)
+    assert (sure.text, sure.confidence) == (free.text, free.confidence)
+    untold = MemoryModel(llama.memory.model, llama.memory.tokenizer, llama.memory.encoder)
+    answer = untold.answer(QUESTIONS[1], max_new_tokens=12, threshold=1.0)
+    assert (answer.text, answer.confidence) == (free.text, None)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+def test_a_threshold_outside_is_refused(llama: Setup, threshold: float) -> None:
+    with pytest.raises(ConfigError, match=r"threshold = .*: allowed are 0"):
+        llama.memory.answer(QUESTIONS[0], threshold=threshold)

@@ -29,6 +29,7 @@ from mlpmem_rag.lessons import (
     with_noise,
 )
 from mlpmem_rag.memory import Memory, MemoryConfig, new_memory
+from mlpmem_rag.query import Vectors
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.targets import Targets
 
@@ -38,9 +39,10 @@ TEXT_ROWS, STUDY_ROWS, QUESTIONS, SOURCES = 40, 60, 12, 5
 EXACT = StudyConfig(query_noise=0, hidden_noise=0, source_share=0, smoothing=0)
 
 
-def unit(rng: np.random.Generator, count: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def unit(rng: np.random.Generator, count: int) -> Vectors:
     vectors = rng.normal(size=(count, QUERY)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit_vectors: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit_vectors
 
 
 def seeded(seed: int = 0) -> torch.Generator:

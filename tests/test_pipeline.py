@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -571,49 +572,48 @@ SELF_STUDY = (
 KEPT = SELF_STUDY[3:]
 FACT = re.compile(r"In (.+?), (.+?) found (.+?)\. ")
 WORDINGS = (
-    ("Who found {2} in {0}?", 1),
-    ("By whom was it found in {0}, {2}?", 1),
-    ("What did {1} find in {0}?", 2),
-    ("In {0}, what was found by {1}?", 2),
-    ("Where did {1} find {2}?", 0),
-    ("At which place was it that {1} found {2}?", 0),
+    ("Who found {0[2]} in {0[0]}", "{0[1]}"),
+    ("What did {0[1]} find in {0[0]}", "{0[2]}"),
+    ("Did {0[1]} find {0[2]}", "yes"),
 )
+"""A memory on a random base model answers those of the last kind also when they are held out."""
+ENDS = ("?", "??", ", then?")
 
 
 @pytest.fixture(scope="module")
 def own_questions(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[Document]) -> Path:
-    """Six questions about each of the sixteen documents, in two wordings each."""
+    """Three questions about each of the sixteen documents, in three wordings each."""
     path = tmp_path_factory.mktemp("questions") / "own.jsonl"
     lines = []
     for document in tiny_documents:
         found = FACT.match(document.text)
         assert found is not None
-        for wording, place in WORDINGS:
-            question = wording.format(*found.groups())
-            row = {"question": question, "answer": found.group(place + 1)}
+        for (wording, answer), end in itertools.product(WORDINGS, ENDS):
+            question = wording.format(found.groups()) + end
+            row = {"question": question, "answer": answer.format(found.groups())}
             lines.append(json.dumps({**row, "doc_ids": [f"{document.id}.txt"]}))
     path.write_text("\n".join(lines))
     return path
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _many_held_out_questions() -> Iterator[None]:
-    """So that there are enough of them."""
+def _small_self_study() -> Iterator[None]:
+    """Enough questions to calibrate with, and no more steps than asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "HELD_OUT_QUESTIONS", 0.2)
+        patch.setattr(training, "MIN_STEPS", 1)
         yield
 
 
 @pytest.fixture(scope="module")
 def study_config(config: TrainConfig, own_questions: Path) -> TrainConfig:
-    """Settings of a run of a second."""
+    """Settings of a run of a second, which learns little."""
     return replace(
         config,
         recipe="self-study",
         encoder="pooled",
         questions=(str(own_questions),),
-        distill=DistillConfig(epochs=12, batch_rows=128, learning_rate=3e-3, patience=12),
-        study=StudyConfig(query_noise=0.2, hidden_noise=0.2, source_share=0.2),
+        distill=DistillConfig(epochs=4, batch_rows=512, learning_rate=1e-2),
     )
 
 
@@ -625,6 +625,19 @@ def studied(
     return Run(source, tmp_path_factory.mktemp("studied") / "memory", study_config)
 
 
+@pytest.fixture(scope="module")
+def learned(
+    tmp_path_factory: pytest.TempPathFactory, source: Path, study_config: TrainConfig
+) -> Run:
+    """A run long enough to learn by heart."""
+    config = replace(
+        study_config,
+        distill=DistillConfig(epochs=50, batch_rows=256, learning_rate=1e-2, patience=50),
+        study=StudyConfig(query_noise=0.05, hidden_noise=0.05, source_share=0.0),
+    )
+    return Run(source, tmp_path_factory.mktemp("learned") / "memory", config)
+
+
 def test_every_stage_of_a_self_study_reports_from_nothing_to_all(studied: Run) -> None:
     assert stages_of(studied.events) == list(SELF_STUDY)
     for stage in SELF_STUDY:
@@ -633,14 +646,14 @@ def test_every_stage_of_a_self_study_reports_from_nothing_to_all(studied: Run) -
         assert done[-1][0] == done[-1][1]
 
 
-def test_a_self_study_can_be_loaded_and_asked(studied: Run, source: Path) -> None:
-    settings = load_settings(studied.out)
-    config = json.loads((studied.out / "config.json").read_text())
+def test_a_self_study_can_be_loaded_and_asked(learned: Run) -> None:
+    settings = load_settings(learned.out)
+    config = json.loads((learned.out / "config.json").read_text())
     assert (config["encoder"], settings.memory.query_size) == ("pooled", 32)
     assert settings.gate is not None
     assert settings.confidence is not None
-    assert settings.memory_lambda == studied.report.memory_lambda == training.MEMORY_LAMBDA
-    memory = MemoryModel.load(studied.out, device="cpu", dtype="float32")
+    assert settings.memory_lambda == learned.report.memory_lambda == training.MEMORY_LAMBDA
+    memory = MemoryModel.load(learned.out, device="cpu", dtype="float32")
     answer = memory.answer("Who found wild honey?", max_new_tokens=8)
     assert answer.confidence is not None
     assert 0 <= answer.confidence <= 1
@@ -651,13 +664,20 @@ def test_a_self_study_can_be_loaded_and_asked(studied: Run, source: Path) -> Non
     assert torch.equal(memory.log_probs(ids, lambda_=0.0), expected)
 
 
-def test_the_kept_memory_answers_what_it_was_taught(studied: Run, own_questions: Path) -> None:
+def test_the_kept_memory_answers_what_it_was_taught(learned: Run, own_questions: Path) -> None:
     """Also the questions that had been held out to calibrate it."""
-    memory = MemoryModel.load(studied.out, device="cpu", dtype="float32")
+    memory = MemoryModel.load(learned.out, device="cpu", dtype="float32")
     rows = [json.loads(line) for line in own_questions.read_text().splitlines()][::5]
     answers = [memory.answer(row["question"], max_new_tokens=24, lambda_=1.0) for row in rows]
     right = [exact_match(a.text, [r["answer"]]) for a, r in zip(answers, rows, strict=True)]
-    assert np.mean(right) > 0.6
+    assert np.mean(right) > 0.5
+    sure = [a.confidence for a, r in zip(answers, right, strict=True) if r]
+    unsure = [a.confidence for a, r in zip(answers, right, strict=True) if not r]
+    assert np.mean(np.array(sure)) > np.mean(np.array([*unsure, 0.0]))
+    study = learned.report.study
+    assert study is not None
+    assert study.taught is not None
+    assert study.taught > 0.5
     base = [memory.answer(row["question"], max_new_tokens=24, lambda_=0.0) for row in rows[:5]]
     assert not any(exact_match(a.text, [r["answer"]]) for a, r in zip(base, rows, strict=False))
 
@@ -670,7 +690,7 @@ def test_report_manifest_and_work_of_a_self_study(
     manifest = load_manifest(studied.out)
     distillation = manifest.figures.pop("distillation")
     assert TrainReport.from_dict(manifest.figures) == report
-    assert distillation["best_epoch"] == report.epochs == 12
+    assert distillation["best_epoch"] == report.epochs == 4
     training_ = manifest.training
     assert (training_["recipe"], training_["encoder"]) == ("self-study", "pooled")
     assert training_["study"] == asdict(study_config.study)
@@ -679,7 +699,11 @@ def test_report_manifest_and_work_of_a_self_study(
     assert [(q.text, q.answer, q.document) for q in questions] == [
         (row["question"], row["answer"], row["doc_ids"][0]) for row in given
     ]
-    assert all(q.answer in q.source for q in questions)
+    answered = [q for q in questions if q.answer in q.source]
+    assert len(answered) > len(questions) / 2
+    assert {q.source for q in questions} == {
+        q.source if q in answered else q.text for q in questions
+    }
     assert report.questions == len(given)
     rows = StudyRows.open(work / "study")
     assert report.study_rows == rows.num_rows
@@ -689,8 +713,6 @@ def test_report_manifest_and_work_of_a_self_study(
     study = report.study
     assert study is not None
     assert study.questions == len(given)
-    assert study.taught is not None
-    assert study.taught > 0.5
     assert 0 < study.coverage < 1
     assert report.perplexity is not None
     assert report.perplexity.memory < report.perplexity.base
@@ -720,10 +742,9 @@ def test_a_self_study_learns_nothing_of_what_is_held_out_before_it_is_measured(
     assert held_out
     assert not held_out & {questions[number].document for number in learned}
     about_learned = {n for n, q in enumerate(questions) if q.document not in held_out}
-    assert 8 <= len(about_learned - learned) < len(about_learned) / 2
+    assert calibrate.MIN_QUESTIONS <= len(about_learned - learned) < len(about_learned) / 2
 
 
-@pytest.mark.parametrize("halfway", [False, True])
 @pytest.mark.parametrize("stage", SELF_STUDY[3:])
 def test_a_self_study_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path,
@@ -731,10 +752,9 @@ def test_a_self_study_interrupted_and_resumed_equals_uninterrupted(
     study_config: TrainConfig,
     studied: Run,
     stage: str,
-    halfway: bool,
 ) -> None:
     out = tmp_path / "memory"
-    stop = interrupt_in(stage, halfway=halfway)
+    stop = interrupt_in(stage, halfway=True)
     with pytest.raises(KeyboardInterrupt):
         train(source, out=out, config=study_config, on_progress=stop)
     assert not (out / MANIFEST).exists()
@@ -805,10 +825,11 @@ def test_a_self_study_without_an_encoder_or_held_out_documents(
     assert memory.answer("Who?", max_new_tokens=3).new_tokens <= 3
 
 
-def test_a_self_study_on_every_family(
+@pytest.mark.parametrize("family_folder", ["gpt2", "gemma", "opt"], indirect=True)
+def test_a_self_study_on_other_families(
     tmp_path: Path, family_folder: Path, source: Path, study_config: TrainConfig
 ) -> None:
-    quick = replace(study_config, distill=DistillConfig(epochs=2, batch_rows=256))
+    quick = replace(study_config, distill=DistillConfig(epochs=1, batch_rows=512))
     out = tmp_path / "memory"
     report = train(source, out=out, config=quick, base_model=str(family_folder))
     assert report.study is not None

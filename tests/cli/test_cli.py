@@ -92,8 +92,15 @@ def source(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[Docume
 def memory(tmp_path_factory: pytest.TempPathFactory, source: Path, tiny_folder: Path) -> Path:
     """A trained memory, which no test changes."""
     out = tmp_path_factory.mktemp("memories") / "memory"
-    base = {"base_model": str(tiny_folder), "device": "cpu", "dtype": "float32"}
-    train(source, out=out, recipe="paper", neighbors=8, **base)
+    train(
+        source,
+        out=out,
+        recipe="paper",
+        base_model=str(tiny_folder),
+        device="cpu",
+        dtype="float32",
+        neighbors=8,
+    )
     return out
 
 

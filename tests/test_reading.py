@@ -1,0 +1,115 @@
+"""Memory and RAG together: prompts, reading, and the answer both agree on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
+from mlpmem_rag.prompts import prompt_ids
+from mlpmem_rag.reading import (
+    EXAMPLES,
+    agreed_answers,
+    answer_log_probs,
+    encoded,
+    read_batch,
+    reading_prompt,
+)
+
+
+def test_the_prompt_ends_where_the_answer_begins() -> None:
+    prompt = reading_prompt("Who hung it?", ["A lamp hung.", "Ann hung it."])
+    assert prompt.endswith(
+        "\n\nContext: A lamp hung.\nAnn hung it.\nQuestion: Who hung it?\nAnswer:"
+    )
+    assert all(f"Context: {text}\n" in prompt for text, _, _ in EXAMPLES)
+
+
+def test_without_passages_there_is_no_context() -> None:
+    prompt = reading_prompt("Who hung it?", [])
+    assert "Context" not in prompt
+    assert prompt.count("Question:") == len(EXAMPLES) + 1
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_folder: Path) -> tuple[MLPMemForCausalLM, PreTrainedTokenizerBase]:
+    """A tiny base model with an untrained memory."""
+    backbone = load_backbone(str(tiny_folder), device="cpu", dtype="float32")
+    config = MemoryConfig(backbone.hidden_size, 24, 1, "silu", gated=True, vocab_size=40)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        memory = Memory(config)
+    memory.corpus_tokens.copy_(torch.arange(40))
+    settings = MemorySettings(backbone.reference, backbone.layer, config, 0.4, 1.0)
+    return attach_memory(backbone, memory, settings), backbone.tokenizer
+
+
+def test_log_probabilities_are_those_of_the_mixture(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = pair
+    prompts = [encoded(tokenizer, text) for text in ("a lamp hung over", "the ledger")]
+    answers = [encoded(tokenizer, text, special=False) for text in ("the quay", "of a clerk")]
+    found = answer_log_probs(model, prompts, answers, None)
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with torch.inference_mode():
+            log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        expected = sum(log_probs[p, t].item() for p, t in zip(places, answer, strict=True))
+        assert found[number] == pytest.approx(expected, rel=1e-4)
+
+
+def test_prompts_are_read_together_as_alone(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = pair
+    prompts = [reading_prompt(q, c) for q, c in (("Who?", []), ("Where was it?", ["A quay."]))]
+    together = read_batch(model, tokenizer, prompts, max_new_tokens=6)
+    alone = [read_batch(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_the_jointly_more_probable_answer_is_given(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = pair
+    question, remembered, read = "Who hung the lamp?", "the ledger of a clerk", "ann"
+    prompt = reading_prompt(question, ["Ann hung it."])
+    bare = [prompt_ids(tokenizer, [{"role": "user", "content": question}])]
+    joint = [
+        answer_log_probs(model, bare, [encoded(tokenizer, f" {a}\n", special=False)], None)
+        + answer_log_probs(
+            model,
+            [encoded(tokenizer, prompt)],
+            [encoded(tokenizer, f" {a}\n", special=False)],
+            None,
+            lambda_=0.0,
+        )
+        for a in (remembered, read)
+    ]
+    expected = remembered if joint[0] >= joint[1] else read
+    found = agreed_answers(model, tokenizer, [question], None, [prompt], [remembered], [read])
+    assert found == [expected]
+    swapped = agreed_answers(model, tokenizer, [question], None, [prompt], [read], [remembered])
+    assert swapped == [expected]
+    assert not np.isclose(joint[0], joint[1])
+
+
+def test_an_answer_with_passages_counts_both_prompts(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    memory = MemoryModel(*pair)
+    alone = memory.answer("Who hung it?", max_new_tokens=4)
+    both = memory.answer("Who hung it?", max_new_tokens=4, passages=["Ann hung it."])
+    prompt = reading_prompt("Who hung it?", ["Ann hung it."])
+    assert both.prompt_tokens == alone.prompt_tokens + len(encoded(memory.tokenizer, prompt))
+    (read,) = read_batch(memory.model, memory.tokenizer, [prompt], max_new_tokens=4)
+    assert both.text in {alone.text, read}
