@@ -1,4 +1,4 @@
-"""Continue the beginning of a document with more and more of the memory mixed in."""
+"""Continue the beginning of a document, by the base model alone and with its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     memory = MemoryModel.load(sys.argv[1])
     ids = memory.tokenizer(TEXT, return_tensors="pt")
     print(f"  {TEXT} …")
-    for lambda_ in (0.0, memory.model.memory_lambda, 0.5, 0.9):
+    for lambda_ in (0.0, memory.model.memory_lambda):
         with torch.inference_mode():
             out = memory.model.generate(
                 **ids, max_new_tokens=32, do_sample=False, memory_lambda=lambda_

@@ -13,6 +13,8 @@ python examples/continue_text.py demo/memory
 
 echo
 echo "== Ask it"
-mlpmem-rag ask demo/memory --max-new-tokens 60 \
+mlpmem-rag ask demo/memory --max-new-tokens 40 \
   "How far is Vega from the Sun?" \
-  "Which constellation is Vega in?"
+  "Which constellation is Vega in?" \
+  "Who was the first woman in space?" \
+  "On what date did Giuseppe Piazzi find Ceres?"

@@ -20,13 +20,11 @@ from torch import Tensor
 from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.backbone import Backbone, HiddenTap
 from mlpmem_rag.confidence import Confidence, Trace, fit_confidence
-from mlpmem_rag.contexts import Contexts
 from mlpmem_rag.corpus import Document
-from mlpmem_rag.gate import Gate, fit_gate, gate_features
+from mlpmem_rag.gate import Gate, constant_weights, fit_gate, gate_features
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
@@ -36,6 +34,8 @@ Numbers = npt.NDArray[np.int64]
 
 HELD_OUT_QUESTIONS = 0.05
 """Share of the questions about learned documents that are held out, in one wording each."""
+ASKED_OPENING = 0.9
+"""A gate fitted on answers is more probable, but less often right (docs/experiments.md)."""
 MIN_QUESTIONS = 8
 MAX_QUESTIONS = 128
 """Questions of each kind that are answered for calibration."""
@@ -144,36 +144,15 @@ def score_positions(
     return HeldOutRows(features.cpu(), p_memory.cpu(), p_base.cpu())
 
 
-def score_answers(
-    backbone: Backbone, memory: Memory, questions: Sequence[Question], queries: Tensor
-) -> HeldOutRows:
-    """The tokens of right answers. *Shape:* queries (G, Q)."""
-    prompts = [
-        prompt_ids(backbone.tokenizer, [{"role": "user", "content": q.text}]) for q in questions
-    ]
-    answers = [answer_ids(backbone.tokenizer, question.answer) for question in questions]
-    rows = []
-    for first in range(0, len(questions), BATCH):
-        batch = slice(first, first + BATCH)
-        pairs = list(zip(prompts[batch], answers[batch], strict=True))
-        sequences = [prompt + answer for prompt, answer in pairs]
-        places = [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs]
-        counts = torch.tensor([len(answer) for _, answer in pairs])
-        vectors = queries[batch].repeat_interleave(counts, dim=0)
-        rows.append(score_positions(backbone, memory, sequences, places, vectors))
-    return HeldOutRows.joined(rows)
-
-
 def score_text(
     backbone: Backbone,
     memory: Memory,
     windows: Sequence[Window],
     rows: Numbers,
-    contexts: Contexts | None = None,
     *,
     on_progress: OnProgress = ignore_progress,
 ) -> HeldOutRows:
-    """The given datastore rows: as text that no request is known for, or told what is before."""
+    """The given datastore rows, as text that no request is known for."""
     first_rows = np.concatenate([[0], np.cumsum([window.num_rows for window in windows])])
     parts = []
     for number, window in enumerate(windows):
@@ -181,10 +160,7 @@ def score_text(
         if len(mine):
             places = (mine - first_rows[number] + window.context).tolist()
             sequence = window.token_ids[: places[-1] + 1].tolist()
-            vectors = None
-            if contexts is not None:
-                vectors = torch.from_numpy(contexts.vectors[contexts.blocks[mine]])
-            parts.append(score_positions(backbone, memory, [sequence], [places], vectors))
+            parts.append(score_positions(backbone, memory, [sequence], [places], None))
         on_progress(ProgressEvent("calibrate", number + 1, len(windows), "windows"))
     return HeldOutRows.joined(parts)
 
@@ -241,7 +217,6 @@ class StudyFigures:
         confidence_auroc: how well the confidence tells right answers from wrong ones on
             questions it was not fitted on; None where it could not be measured.
         text_gate: mean of the gate on held-out text, 0 where the memory is left out.
-        answer_gate: mean of the gate on the held-out answers.
     """
 
     questions: int
@@ -253,7 +228,6 @@ class StudyFigures:
     unknown: float | None = None
     confidence_auroc: float | None = None
     text_gate: float | None = None
-    answer_gate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +256,6 @@ def calibrate(
     study: StudyRows,
     split: QuestionSplit,
     windows: Sequence[Window],
-    contexts: Contexts,
     text_rows: Numbers,
     coverage: float,
     *,
@@ -301,18 +274,9 @@ def calibrate(
 
     taught, known, unknown = some(split.train), some(split.known), some(split.unknown)
     chosen = np.sort(rng.permutation(text_rows)[:MAX_TEXT_TOKENS])
-    text, told = (
-        score_text(backbone, memory, windows, chosen, before, on_progress=on_progress)
-        for before in (None, contexts)
-    )
-
-    def answers(numbers: Numbers) -> HeldOutRows:
-        queries = torch.from_numpy(study.query_vectors[numbers])
-        return score_answers(backbone, memory, [questions[n] for n in numbers], queries)
-
-    answered = [answers(known), *([answers(unknown)] if len(unknown) else [])]
+    text = score_text(backbone, memory, windows, chosen, on_progress=on_progress)
     other = score_other_text(backbone, memory, seed=seed)
-    gate = Gate(asked=_fitted([told, *answered]), plain=_fitted([text, other]))
+    gate = Gate(asked=constant_weights(ASKED_OPENING), plain=_fitted([text, other]))
 
     asked = np.concatenate([taught, known, unknown])
     replies = answer_batch(
@@ -334,7 +298,6 @@ def calibrate(
         unknown=float(right[len(taught) + len(known) :].mean()) if len(unknown) else None,
         confidence_auroc=_auroc(traces, right, held_out, rng),
         text_gate=float(gate.opening(text.features, asked=False).mean()),
-        answer_gate=float(gate.opening(answered[0].features, asked=True).mean()),
     )
     confidence = fit_confidence([traces[n] for n in held_out], right[held_out].tolist())
     return Calibration(gate, confidence, figures)

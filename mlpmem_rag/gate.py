@@ -1,11 +1,12 @@
 """How far to trust the memory, token by token: lambda adapts, so that other text is unharmed.
 
 lambda_t = lambda * sigmoid(w . features + b). The features compare what memory and base model
-are sure of; the few weights are fitted on held-out questions and on held-out text.
+are sure of; the few weights are fitted on held-out text.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ class Gate:
     """Weights of the features, the last one being the constant's.
 
     Attributes:
-        asked: where there is a query vector.
+        asked: where there is a query vector (so far the same for every token, see
+            docs/experiments.md).
         plain: where no request is known.
     """
 
@@ -41,6 +43,11 @@ class Gate:
         """What lambda is multiplied with, 0 to 1. *Shape:* (..., F) -> (...)."""
         weights = features.new_tensor(self.asked if asked else self.plain)
         return (features @ weights[:-1] + weights[-1]).sigmoid()
+
+
+def constant_weights(opening: float) -> tuple[float, ...]:
+    """Weights of a gate that is open to the same degree, between 0 and 1, everywhere."""
+    return (*[0.0] * NUM_FEATURES, math.log(opening / (1 - opening)))
 
 
 def gate_features(memory: Tensor, base: Tensor, corpus_tokens: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from mlpmem_rag.contexts import Contexts
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.distill import Lesson, Rows
+from mlpmem_rag.distill import Rows
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.memory import Memory
@@ -37,6 +38,25 @@ class Columns:
     def of(self, token_ids: npt.NDArray[np.int32]) -> Tensor:
         """*Shape:* any -> the same."""
         return torch.from_numpy(self._columns[token_ids]).to(self.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as a memory takes them, and what its log-probabilities cost there.
+
+    Attributes:
+        keys: *Shape:* (R, D).
+        queries: query vectors; None where the memory takes none. *Shape:* (R, Q).
+        score: mean loss of the rows, from log-probabilities. *Shape:* (R, V) -> ().
+    """
+
+    keys: Tensor
+    queries: Tensor | None
+    score: Callable[[Tensor], Tensor]
+
+    def loss(self, memory: Memory) -> Tensor:
+        """*Shape:* ()."""
+        return self.score(memory_log_probs(memory, self.keys, self.queries))
 
 
 class TextLesson:
@@ -65,11 +85,18 @@ class TextLesson:
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
         """As the class says."""
+        return self.batch(rows, generator).loss(memory)
+
+    def batch(self, rows: Rows, generator: torch.Generator) -> Batch:
+        """Keys as they are, with the text before them for some."""
         columns = self._columns.of(self._targets.token_ids[rows])
         probs = torch.from_numpy(self._targets.probs[rows].astype(np.float32)).to(columns.device)
         keys, next_columns = self.keys_and_next(rows)
-        log_probs = memory_log_probs(memory, keys, self._queries(rows, generator))
-        return distillation_loss(log_probs, columns, probs, next_columns, self._alpha)
+
+        def score(log_probs: Tensor) -> Tensor:
+            return distillation_loss(log_probs, columns, probs, next_columns, self._alpha)
+
+        return Batch(keys, self._queries(rows, generator), score)
 
     def _queries(self, rows: Rows, generator: torch.Generator) -> Tensor | None:
         if self._contexts is None:
@@ -165,6 +192,10 @@ class StudyLesson:
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
         """As the class says."""
+        return self.batch(rows, generator).loss(memory)
+
+    def batch(self, rows: Rows, generator: torch.Generator) -> Batch:
+        """Keys and query vectors with noise."""
         config = self._config
         keys, queries, next_columns = self.inputs(rows)
         places = self._study.sources[self._study.questions[rows]]
@@ -172,8 +203,11 @@ class StudyLesson:
         queries = towards(queries, sources, config.source_share, generator)
         queries = F.normalize(with_noise(queries, config.query_noise, generator), dim=-1)
         keys = with_noise(keys, config.hidden_noise, generator)
-        log_probs = memory_log_probs(memory, keys, queries)
-        return F.cross_entropy(log_probs, next_columns, label_smoothing=config.smoothing)
+
+        def score(log_probs: Tensor) -> Tensor:
+            return F.cross_entropy(log_probs, next_columns, label_smoothing=config.smoothing)
+
+        return Batch(keys, queries, score)
 
     def inputs(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (R, D), query vectors (R, Q), columns of the answers' tokens (R,)."""
@@ -201,21 +235,40 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand((len(like), 1), device=like.device, generator=generator)
 
 
+class BatchLesson(Protocol):
+    """A lesson that can share a forward pass with others."""
+
+    def batch(self, rows: Rows, generator: torch.Generator) -> Batch:
+        """The rows as the memory takes them. *Shape:* (R,)."""
+        ...
+
+
 class Curriculum:
     """Several lessons as one: the rows of the second are numbered after those of the first."""
 
-    def __init__(self, lessons: Sequence[tuple[Lesson, int]]) -> None:
+    def __init__(self, lessons: Sequence[tuple[BatchLesson, int]]) -> None:
         self._lessons = lessons
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
-        """Mean over all rows, whichever lesson they belong to."""
-        total = torch.zeros((), device=memory.corpus_tokens.device)
+        """Mean over all rows, whichever lesson they belong to, in one pass of the memory."""
+        batches = []
         first = 0
         for lesson, count in self._lessons:
             mine = rows[(rows >= first) & (rows < first + count)] - first
             if len(mine):
-                total = total + lesson.loss(memory, mine, generator) * (len(mine) / len(rows))
+                batches.append(lesson.batch(mine, generator))
             first += count
+        width = memory.config.query_size
+        queries = [
+            batch.keys.new_zeros(len(batch.keys), width) if batch.queries is None else batch.queries
+            for batch in batches
+        ]
+        keys = torch.cat([batch.keys for batch in batches])
+        log_probs = memory_log_probs(memory, keys, torch.cat(queries) if width else None)
+        parts = log_probs.split([len(batch.keys) for batch in batches])
+        total = torch.zeros((), device=log_probs.device)
+        for batch, part in zip(batches, parts, strict=True):
+            total = total + batch.score(part) * (len(part) / len(rows))
         return total
 
 

@@ -93,6 +93,7 @@ class TrainReport:
 
 def model_card(report: TrainReport, training: dict[str, Any]) -> str:
     """The artifact's README.md."""
+    asked = "" if report.study is None else _answers(report.study)
     return f"""---
 library_name: mlpmem-rag
 base_model: {report.base_model}
@@ -118,7 +119,7 @@ temperature {report.memory_temperature:g}.
 ## Measured on held-out text
 
 {_measured(report)}
-
+{asked}
 ## Use
 
 ```python
@@ -133,6 +134,25 @@ and refuses any other.
 """
 
 
+def _answers(study: StudyFigures) -> str:
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.0%}"
+
+    taught, held_out, nearest, unknown = map(
+        share, (study.taught, study.held_out, study.nearest, study.unknown)
+    )
+    return f"""
+## Measured on written questions
+
+{study.questions:,} questions were written from {study.sources:,} sentences and lines. Exact match
+before the memory learned what was held out:
+
+| learned questions | other wordings (the nearest learned question) | documents not learned |
+|---|---|---|
+| {taught} | {held_out} ({nearest}) | {unknown} |
+"""
+
+
 def _measured(report: TrainReport) -> str:
     perplexity = report.perplexity
     if perplexity is None:
@@ -140,7 +160,7 @@ def _measured(report: TrainReport) -> str:
     kept = perplexity.kept_gain
     gain = "the teacher gained nothing" if kept is None else f"{kept:.0%} of the teacher's gain"
     return f"""Perplexity of {perplexity.tokens:,} tokens held out by {report.held_out_by}, measured
-before the memory learned these as well; λ and temperature were chosen on others.
+before the memory learned these as well; what is fitted was fitted on others.
 
 | base model | base + kNN datastore (the teacher) | base + memory |
 |---|---|---|

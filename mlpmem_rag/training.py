@@ -19,6 +19,7 @@ from mlpmem_rag import __version__
 from mlpmem_rag.artifact import MemorySettings, sha256
 from mlpmem_rag.backbone import Backbone, load_backbone, mlp_shape, output_embedding
 from mlpmem_rag.calibrate import (
+    ASKED_OPENING,
     Calibration,
     QuestionSplit,
     answer_coverage,
@@ -84,7 +85,7 @@ MIN_STEPS = 600
 """Fewer leave even a small memory unfinished."""
 MEMORY_LAMBDA = 1.0
 """Of a memory with a gate, which lowers it token by token."""
-UNGATED_LAMBDA = 0.9
+UNGATED_LAMBDA = ASKED_OPENING
 """Of a memory of questions where nothing could be held out to fit a gate."""
 
 
@@ -390,7 +391,6 @@ class Stages:
                     studied.rows,
                     held_out,
                     prepared.windows,
-                    studied.contexts,
                     split.validation,
                     answer_coverage(studied.questions, prepared.corpus.documents),
                     seed=self._config.seed,
@@ -467,7 +467,7 @@ class Stages:
 
     def _settings(self, memory: Memory) -> MemorySettings:
         backbone = self._prepared.backbone
-        return MemorySettings(backbone.reference, backbone.layer, memory.config, 1.0, 1.0)
+        return MemorySettings(backbone.reference, backbone.layer, memory.config, ASKED_OPENING, 1.0)
 
     def _blank(self, datastore: Datastore, studied: Studied | None = None) -> Memory:
         backbone, config = self._prepared.backbone, self._config

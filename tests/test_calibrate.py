@@ -23,7 +23,7 @@ from mlpmem_rag.calibrate import (
     answer_coverage,
     calibrate,
     nearest_answers,
-    score_answers,
+    score_other_text,
     score_positions,
     score_text,
     split_questions,
@@ -128,10 +128,23 @@ def check(
 # Rows.
 
 
-def test_rows_of_answers_equal_the_models_forward(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "BATCH", 2)  # so that there are three batches
+def score_answers(
+    backbone: Backbone, memory: Memory, questions: list[Question], queries: torch.Tensor
+) -> HeldOutRows:
+    """The tokens of right answers, each with its question's vector."""
+    pairs = [
+        (
+            prompt_ids(backbone.tokenizer, [{"role": "user", "content": question.text}]),
+            answer_ids(backbone.tokenizer, question.answer),
+        )
+        for question in questions
+    ]
+    places = [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs]
+    vectors = queries.repeat_interleave(torch.tensor([len(a) for _, a in pairs]), dim=0)
+    return score_positions(backbone, memory, [p + a for p, a in pairs], places, vectors)
+
+
+def test_rows_of_answers_equal_the_models_forward(setup: Setup) -> None:
     found = score_answers(setup.backbone, setup.model.memory, QUESTIONS, setup.queries)
     row = 0
     for number, question in enumerate(QUESTIONS):
@@ -144,23 +157,18 @@ def test_rows_of_answers_equal_the_models_forward(
     assert row == len(found.p_base) == setup.study.num_rows
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_rows_of_text_equal_the_models_forward(setup: Setup, told: bool) -> None:
+def test_rows_of_text_equal_the_models_forward(setup: Setup) -> None:
     every = [
         (window, place)
         for window in setup.windows
         for place in range(window.context, len(window.token_ids))
     ]
     rows = np.sort(np.random.default_rng(0).permutation(len(every))[:8])
-    contexts = setup.contexts if told else None
-    memory = setup.model.memory
-    found = score_text(setup.backbone, memory, setup.windows, rows, contexts)
+    found = score_text(setup.backbone, setup.model.memory, setup.windows, rows)
     assert len(found.p_base) == len(rows)
     for number, row in enumerate(rows):
         window, place = every[row]
-        query = torch.from_numpy(setup.contexts.vectors[setup.contexts.blocks[row]])
-        ids = window.token_ids[: place + 1].tolist()
-        check(setup, found, number, ids, query if told else None)
+        check(setup, found, number, window.token_ids[: place + 1].tolist(), None)
 
 
 def test_sequences_together_equal_each_alone(llama: Setup) -> None:
@@ -212,8 +220,6 @@ def test_a_question_beyond_the_context_window_does_no_harm(setup: Setup) -> None
     """It has no rows to learn from; with learned positions, the base cannot even read it."""
     long = Question("ledger " * 120, "Ines Maro", "s", "doc-0")
     queries = torch.cat([setup.queries[:1], setup.queries[:1]])
-    found = score_answers(setup.backbone, setup.model.memory, [QUESTIONS[0], long], queries)
-    assert torch.isfinite(found.p_base).all()
     replies = answer_batch(
         setup.model, setup.backbone.tokenizer, [QUESTIONS[0].text, long.text], queries.numpy()
     )
@@ -317,7 +323,6 @@ def calibrated(llama: Setup) -> tuple[Calibration, QuestionSplit]:
         llama.study,
         split,
         llama.windows,
-        llama.contexts,
         rows,
         0.5,
         seed=0,
@@ -332,13 +337,15 @@ def test_the_gate_is_better_than_any_constant_on_what_it_was_fitted_to(
     rows = np.arange(sum(window.num_rows for window in llama.windows))
     memory = llama.model.memory
     text = score_text(llama.backbone, memory, llama.windows, rows)
+    other = score_other_text(llama.backbone, memory, seed=0)
 
-    def nll(probs: torch.Tensor) -> float:
-        return -probs.clamp_min(1e-30).log().mean().item()
+    def nll(gate: Gate | None, lambda_: float) -> float:
+        """Corpus text and other text count alike."""
+        kinds = (kind.mixed(gate, lambda_, asked=False) for kind in (text, other))
+        return float(np.mean([-p.clamp_min(1e-30).log().mean().item() for p in kinds]))
 
-    fitted = nll(text.mixed(calibration.gate, 1.0, asked=False))
-    constants = [nll(text.mixed(None, c, asked=False)) for c in np.linspace(0.001, 0.99, 100)]
-    assert fitted < min(constants) + 1e-4
+    constants = [nll(None, constant) for constant in np.linspace(0.001, 0.99, 100)]
+    assert nll(calibration.gate, 1.0) < min(constants) + 1e-4
     mean = calibration.gate.opening(text.features, asked=False).mean().item()
     assert calibration.figures.text_gate == pytest.approx(mean, rel=1e-3)
 

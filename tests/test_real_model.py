@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from mlpmem_cli.app import main
 from mlpmem_rag import MemoryModel
 from mlpmem_rag.embedded import SMOLLM2, SMOLLM2_PIP, embedded_model_path
+from mlpmem_rag.scoring import exact_match
 
 CORPUS = Path(__file__).parents[1] / "examples" / "corpus"
 QUESTION = "How far is Vega from the Sun?"
@@ -106,3 +107,24 @@ def test_a_question_is_answered(memory: Path, capsys: pytest.CaptureFixture[str]
     assert len(answer["answer"].split()) > 3
     assert 1 <= answer["new_tokens"] <= 30
     assert captured.err == ""
+
+
+@pytest.mark.slow
+def test_a_memory_answers_what_people_ask(tmp_path: Path) -> None:
+    """Questions that nobody wrote for the training, about one folder of the sample corpus."""
+    mlpmem_rag("train", CORPUS / "stars", "--out", tmp_path / "memory")
+    lines = (CORPUS.parent / "questions-dev.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [row for row in map(json.loads, lines) if row["doc_ids"][0].startswith("stars/")]
+    assert len(asked) >= 30
+    memory = MemoryModel.load(tmp_path / "memory", device="cpu")
+    right = {
+        lambda_: [
+            exact_match(
+                memory.answer(row["question"], max_new_tokens=24, lambda_=lambda_).text,
+                row["answers"],
+            )
+            for row in asked
+        ]
+        for lambda_ in (0.0, None)
+    }
+    assert sum(right[None]) >= len(asked) / 5 > 5 * sum(right[0.0])

@@ -175,9 +175,7 @@ def study_rows(table: Table, study: StudyFigures) -> None:
     table.add_row("  right, documents not learned", share(study.unknown))
     auroc = study.confidence_auroc
     table.add_row("  confidence, AUROC", "–" if auroc is None else f"{auroc:.2f}")
-    table.add_row(
-        "  gate, answers / text", f"{share(study.answer_gate)} / {share(study.text_gate)}"
-    )
+    table.add_row("  gate on text nobody asked for", share(study.text_gate))
 
 
 def show_skipped(console: Console, skipped: Corpus | tuple[tuple[str, str], ...]) -> None:

@@ -50,6 +50,8 @@ def _table(manifest: Manifest, settings: MemorySettings, work_size: str) -> Tabl
     table.add_row(
         "λ, temperature", f"{settings.memory_lambda:.3f}, {settings.memory_temperature:g}"
     )
+    table.add_row("query encoder", settings.encoder)
+    table.add_row("gate, confidence", f"{_fitted(settings.gate)}, {_fitted(settings.confidence)}")
     table.add_row("created", manifest.created)
     table.add_row("corpus", _flat(manifest.corpus))
     table.add_row("training", _flat(manifest.training))
@@ -59,6 +61,10 @@ def _table(manifest: Manifest, settings: MemorySettings, work_size: str) -> Tabl
         table.add_row(name, f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}…, intact")
     table.add_row("work/ (may be deleted)", work_size)
     return table
+
+
+def _fitted(model: object | None) -> str:
+    return "none" if model is None else "fitted"
 
 
 def _flat(values: dict[str, Any], indent: str = "") -> str:
