@@ -174,6 +174,7 @@ def score_other_text(backbone: Backbone, memory: Memory, *, seed: int) -> HeldOu
     mark = backbone.tokenizer.bos_token_id
     mark = backbone.tokenizer.eos_token_id if mark is None else mark
     start = torch.full((OTHER_TEXTS, 1), mark or 0, device=backbone.device)
+    length = min(OTHER_TOKENS, backbone.context_window - 1)
     model: Any = backbone.model  # generate() is annotated for other classes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -182,11 +183,11 @@ def score_other_text(backbone: Backbone, memory: Memory, *, seed: int) -> HeldOu
             attention_mask=torch.ones_like(start),
             do_sample=True,
             top_k=0,
-            max_new_tokens=OTHER_TOKENS,
-            min_new_tokens=OTHER_TOKENS,
+            max_new_tokens=length,
+            min_new_tokens=length,
             pad_token_id=mark or 0,
         ).tolist()
-    places = range(OTHER_TOKENS // 4, OTHER_TOKENS)  # with some text before it
+    places = range(length // 4 + 1, length + 1)  # with some text before it
     parts = [
         score_positions(backbone, memory, texts[f : f + BATCH], [places] * BATCH, None)
         for f in range(0, OTHER_TEXTS, BATCH)
