@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
-from mlpmem_rag.prompts import STOP_STRING, chats, prompt_ids
+from mlpmem_rag.prompts import STOP_STRING, chats, left_padded, prompt_ids
 from mlpmem_rag.query import Vectors
 
 BATCH = 64
@@ -78,7 +78,7 @@ def answer_batch(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
-        ids, mask = _left_padded([prompts[number] for number in batch], config.pad_token_id)
+        ids, mask = left_padded([prompts[number] for number in batch], config.pad_token_id)
         vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
         recorder = Recorder()
         output = generator.generate(
@@ -95,16 +95,6 @@ def answer_batch(
             text = str(tokenizer.decode(output[line][:length], skip_special_tokens=True))
             answers[number] = (text.strip(), recorder.trace(line, length))
     return [answers[number] for number in range(len(prompts))]
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for line, prompt in enumerate(prompts):
-        ids[line, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[line, longest - len(prompt) :] = 1
-    return ids, mask
 
 
 def _length(

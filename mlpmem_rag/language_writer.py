@@ -10,6 +10,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.passages import answering_sentence, passages
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.prompts import left_padded
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import token_f1
 
@@ -96,9 +97,7 @@ def base_model_completer(backbone: Backbone, *, max_new_tokens: int = 32) -> Com
         texts = []
         for first in range(0, len(prompts), BATCH):
             ids = [list(tokenizer(p)["input_ids"]) for p in prompts[first : first + BATCH]]
-            longest = max(map(len, ids))
-            padded = torch.tensor([[pad] * (longest - len(line)) + line for line in ids])
-            mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in ids])
+            padded, mask = left_padded(ids, pad)
             output = model.generate(  # type: ignore[operator]
                 padded.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -108,7 +107,7 @@ def base_model_completer(backbone: Backbone, *, max_new_tokens: int = 32) -> Com
                 stop_strings=["\n"],
                 tokenizer=tokenizer,
             )
-            texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+            texts += tokenizer.batch_decode(output[:, padded.shape[1] :], skip_special_tokens=True)
         return texts
 
     return complete

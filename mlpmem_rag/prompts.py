@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.errors import ConfigError
@@ -50,3 +52,14 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
         return [*encoded["input_ids"], int(tokenizer.eos_token_id)]
     plain: Any = tokenizer(f" {answer}{STOP_STRING}", add_special_tokens=False)
     return list(plain["input_ids"])
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask of sequences that are to be continued. *Shapes:* (B, T), (B, T)."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros_like(ids)
+    for line, sequence in enumerate(sequences):
+        ids[line, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[line, longest - len(sequence) :] = 1
+    return ids, mask

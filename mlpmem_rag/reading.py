@@ -15,7 +15,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.model import MLPMemForCausalLM
-from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.prompts import answer_ids, left_padded, prompt_ids
 from mlpmem_rag.query import Vectors
 
 BATCH = 16
@@ -79,12 +79,7 @@ def read_batch(
     pad = (eos[0] if isinstance(eos, list) else eos) or 0
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
-        longest = max(len(ids[number]) for number in batch)
-        tokens = torch.full((len(batch), longest), pad)
-        mask = torch.zeros_like(tokens)
-        for line, number in enumerate(batch):
-            tokens[line, longest - len(ids[number]) :] = torch.tensor(ids[number])
-            mask[line, longest - len(ids[number]) :] = 1
+        tokens, mask = left_padded([ids[number] for number in batch], pad)
         output = base.generate(
             tokens.to(model.device),
             attention_mask=mask.to(model.device),
@@ -95,7 +90,7 @@ def read_batch(
             tokenizer=tokenizer,
         )
         for line, number in enumerate(batch):
-            text = str(tokenizer.decode(output[line, longest:], skip_special_tokens=True))
+            text = str(tokenizer.decode(output[line, tokens.shape[1] :], skip_special_tokens=True))
             texts[number] = text.strip().split(STOP)[0].strip().rstrip(".")
     return [texts[number] for number in range(len(ids))]
 
