@@ -49,7 +49,7 @@ from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.plan import FINISHING
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.query import QueryEncoder, load_encoder
+from mlpmem_rag.query import load_encoder
 from mlpmem_rag.questions import (
     BASE_MODEL,
     WRITERS,
@@ -150,7 +150,6 @@ class Studied:
     questions: list[Question]
     rows: StudyRows
     contexts: Contexts
-    encoder: QueryEncoder | None
 
 
 class Stages:
@@ -317,15 +316,15 @@ class Stages:
     def study(self, questions: list[Question]) -> Studied:
         """The base model's states along the answers, and the vectors of questions and text."""
         prepared = self._prepared
-        encoder = load_encoder(self._config.encoder, prepared.backbone)
         key = self._after("questions", self._keys["datastore"], self._config.encoder)
         with self._stage("study", key) as (folder, done):
             if not done:
+                encoder = load_encoder(self._config.encoder, prepared.backbone)
                 study_rows(
                     prepared.backbone, encoder, questions, on_progress=self._on_progress
                 ).save(folder)
                 encode_contexts(encoder, prepared.backbone.tokenizer, prepared.windows).save(folder)
-            return Studied(questions, StudyRows.open(folder), Contexts.open(folder), encoder)
+            return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
 
     def split_questions(
         self, studied: Studied, datastore: Datastore, split: Split
