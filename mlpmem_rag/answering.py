@@ -20,9 +20,13 @@ BATCH = 64
 
 
 class Recorder(LogitsProcessor):
-    """Notes the distribution of every step, and changes nothing."""
+    """Notes the distribution of every step, and changes nothing.
 
-    def __init__(self) -> None:
+    Given how familiar the requests are, it notes that as well. *Shape:* B numbers.
+    """
+
+    def __init__(self, familiarity: Sequence[float] | None = None) -> None:
+        self._familiarity = familiarity
         self._steps: list[tuple[list[float], list[float]]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -38,6 +42,7 @@ class Recorder(LogitsProcessor):
         return Trace(
             tuple(log_probs[line] for log_probs, _ in steps),
             tuple(entropies[line] for _, entropies in steps),
+            self._familiarity[line] if self._familiarity else 0.0,
         )
 
 
@@ -80,7 +85,7 @@ def answer_batch(
         batch = order[first : first + BATCH]
         ids, mask = left_padded([prompts[number] for number in batch], config.pad_token_id)
         vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
-        recorder = Recorder()
+        recorder = Recorder(None if vectors is None else model.memory.familiarity(vectors))
         output = generator.generate(
             inputs=ids.to(model.device),
             attention_mask=mask.to(model.device),

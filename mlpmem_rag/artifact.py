@@ -25,7 +25,7 @@ from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.query import NONE
 from mlpmem_rag.storage import replace_file, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-NUM_FEATURES = 6
+NUM_FEATURES = 7
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Trace:
     Attributes:
         log_probs: of the tokens chosen.
         entropies: of the distributions they were chosen from, in nats.
+        familiarity: how near the request is to a question that was learned, -1 to 1.
     """
 
     log_probs: tuple[float, ...]
     entropies: tuple[float, ...]
+    familiarity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Confidence:
 
 
 def trace_features(trace: Trace) -> tuple[float, ...]:
-    """First token and whole answer: how probable, how open; and the number of tokens."""
+    """First token and whole answer: how probable, how open; number of tokens; the request."""
     return (
         trace.log_probs[0],
         trace.entropies[0],
@@ -62,6 +64,7 @@ def trace_features(trace: Trace) -> tuple[float, ...]:
         min(trace.log_probs),
         sum(trace.entropies) / len(trace.entropies),
         float(len(trace.log_probs)),
+        trace.familiarity,
     )
 
 

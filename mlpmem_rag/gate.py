@@ -39,6 +39,13 @@ class Gate:
             if len(weights) != NUM_FEATURES + 1:
                 raise ValueError(f"{len(weights)} gate weights instead of {NUM_FEATURES + 1}")
 
+    def constant(self, *, asked: bool) -> float | None:
+        """The opening where it is the same for every token; None where features decide."""
+        *weights, odds = self.asked if asked else self.plain
+        if any(weights):
+            return None
+        return math.exp(min(odds, 0.0)) / (1 + math.exp(-abs(odds)))  # the sigmoid, any odds
+
     def opening(self, features: Tensor, *, asked: bool) -> Tensor:
         """What lambda is multiplied with, 0 to 1. *Shape:* (..., F) -> (...)."""
         weights = features.new_tensor(self.asked if asked else self.plain)

@@ -38,6 +38,8 @@ class MemoryConfig:
         query_size: Q, width of the query vector; 0: the memory reads the hidden state alone.
         hidden_scale: hidden states are divided by it, so that they and the query vector weigh
             alike.
+        num_prototypes: M, query vectors that stand for all questions learned; see
+            `Memory.familiarity`.
     """
 
     hidden_size: int
@@ -48,6 +50,7 @@ class MemoryConfig:
     vocab_size: int
     query_size: int = 0
     hidden_scale: float = 1.0
+    num_prototypes: int = 0
 
     @property
     def width(self) -> int:
@@ -63,6 +66,7 @@ def derive_config(
     *,
     query_size: int = 0,
     hidden_scale: float = 1.0,
+    num_prototypes: int = 0,
 ) -> MemoryConfig:
     """The memory that belongs to a base model, a corpus vocabulary and a size.
 
@@ -80,6 +84,7 @@ def derive_config(
         vocab_size=vocab_size,
         query_size=query_size,
         hidden_scale=hidden_scale,
+        num_prototypes=num_prototypes,
     )
 
 
@@ -136,10 +141,12 @@ def _norm(config: MemoryConfig) -> nn.Module:
 class Memory(nn.Module):
     """Hidden states, and the request's query vector -> logits over the corpus vocabulary.
 
-    `corpus_tokens` (V,) maps a logit's column to the token id of the base model.
+    `corpus_tokens` (V,) maps a logit's column to the token id of the base model; `prototypes`
+    (M, Q) are vectors of length 1.
     """
 
     corpus_tokens: Tensor
+    prototypes: Tensor
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -148,6 +155,8 @@ class Memory(nn.Module):
         self.norm = _norm(config)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("corpus_tokens", torch.zeros(config.vocab_size, dtype=torch.long))
+        shape = (config.num_prototypes, config.query_size)
+        self.register_buffer("prototypes", torch.zeros(shape))
 
     def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
         """Logits; without a query vector, a query-aware memory takes that no request is known.
@@ -168,6 +177,16 @@ class Memory(nn.Module):
     def blocks(self) -> Iterator[Block]:
         """The blocks in order."""
         return (block for block in self.layers if isinstance(block, Block))
+
+    def familiarity(self, query: Tensor) -> list[float]:
+        """How near each request is to a question that was learned; 0 for a memory of none.
+
+        The largest cosine to a prototype. *Shape:* (B, Q) -> B numbers, -1 to 1.
+        """
+        if not self.config.num_prototypes:
+            return [0.0] * len(query)
+        nearest = (query.to(self.prototypes) @ self.prototypes.T).max(-1).values
+        return [float(cosine) for cosine in nearest]
 
     def log_probs(
         self, hidden: Tensor, query: Tensor | None = None, temperature: float = 1.0

@@ -179,8 +179,8 @@ class MemoryModel:
         prompt = prompt_ids(self.tokenizer, messages)
         token_ids = self._fit(prompt, max_new_tokens)
         clock.prompt_tokens = token_ids.shape[1]
-        recorder = Recorder()
         query = self._query_vector(messages)
+        recorder = Recorder(None if query is None else self.model.memory.familiarity(query))
         pieces = self._generate(token_ids, query, max_new_tokens, lambda_, clock, recorder)
 
         def confidence(new_tokens: int) -> float | None:

@@ -46,7 +46,9 @@ def mix(
         return base_logits
     base = base_logits.float().log_softmax(-1)
     weight = torch.tensor(lambda_, dtype=torch.float64, device=base.device)
-    if gate is not None:
+    if gate is not None and (opening := gate.constant(asked=asked)) is not None:
+        weight = weight * opening
+    elif gate is not None:
         features = gate_features(memory_log_probs, base, corpus_tokens)
         weight = (lambda_ * gate.opening(features, asked=asked))[..., None]
     mixed = base + torch.log1p(-weight)

@@ -144,6 +144,8 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
             ConfigError: lambda outside 0..1, or query vectors of another number or width.
         """
         lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
+        if lambda_ > 0:
+            logits_to_keep = _named(logits_to_keep, input_ids, inputs_embeds)
         with HiddenTap(self._tapped[0]).listen() as tap:
             output = self.base(
                 input_ids=input_ids,
@@ -158,10 +160,7 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
         logits = output.logits
         if lambda_ > 0:
             hidden = tap.hidden.reshape(len(logits), -1, tap.hidden.shape[-1])  # (B, T, D)
-            # As in transformers: 0 keeps all positions, n the last n, a tensor names them.
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(None)
             query = self._checked(query_vector, len(hidden))
             memory_log_probs = self.memory.log_probs(
                 hidden[:, kept], query, self.config.memory_temperature
@@ -198,6 +197,21 @@ class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{(batch, width)}, one vector for each sequence"
             )
         return query_vector[:, None].to(self.device)
+
+
+def _named(
+    logits_to_keep: int | Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> int | Tensor:
+    """The last n positions by their numbers; a tensor, and 0 for all, stay as they are.
+
+    A slice of the last positions is not contiguous, and on CPUs torch then copies the output
+    matrix once for each sequence of the batch: gigabytes.
+    """
+    given = input_ids if input_ids is not None else inputs_embeds
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep == 0 or given is None:
+        return logits_to_keep
+    length = given.shape[1]
+    return torch.arange(max(0, length - logits_to_keep), length, device=given.device)
 
 
 def attach_memory(

@@ -33,6 +33,7 @@ from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.datastore import Datastore, build_datastore
 from mlpmem_rag.distill import DistillConfig, DistillReport, Rows, distill
 from mlpmem_rag.errors import CorpusError
+from mlpmem_rag.familiarity import find_prototypes, num_prototypes
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.heldout import (
     TEMPERATURES,
@@ -353,9 +354,11 @@ class Stages:
         """A query-aware memory of the given corpus rows and questions."""
         config = self._config
         memory = self._blank(datastore, studied)
-        settings = (asdict(optimisation(config)), asdict(config.study), config.alpha, config.size)
+        shape = asdict(memory.config)
+        settings = (asdict(optimisation(config)), asdict(config.study), config.alpha, shape)
         key = self._after("targets", self._keys["study"], settings, len(text_rows))
         rows = curriculum_rows(datastore, studied, text_rows, questions)
+        self._familiarise(memory, studied, questions)
         with self._stage("distil", key) as (folder, _):
             report = distill(
                 memory,
@@ -411,6 +414,7 @@ class Stages:
         config = long_enough(optimisation(self._config), num_rows)
         epochs = max(1, round(FINISHING * config.epochs))
         config = replace(config, epochs=epochs, learning_rate=config.learning_rate / 2)
+        self._familiarise(memory, studied, np.arange(len(studied.questions)))
         with self._stage("refit", self._after("distil", asdict(config))) as (folder, _):
             distill(
                 memory,
@@ -479,9 +483,16 @@ class Stages:
             config.size,
             query_size=studied.rows.query_vectors.shape[1] if studied else 0,
             hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
+            num_prototypes=num_prototypes(studied.rows.query_vectors) if studied else 0,
         )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
+
+    def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
+        """Prototypes of the questions that the memory is going to learn."""
+        vectors = studied.rows.query_vectors[questions]
+        prototypes = find_prototypes(vectors, len(memory.prototypes), seed=self._config.seed)
+        memory.prototypes.copy_(torch.from_numpy(prototypes))
 
     def _columns(self, memory: Memory) -> Columns:
         return Columns(memory, self._prepared.backbone.reference.vocab_size)

@@ -378,7 +378,7 @@ def test_its_figures_equal_a_count_of_the_answers(
     assert (calibration.confidence, figures.confidence_auroc) == (None, None), "all were wrong"
 
 
-@pytest.mark.parametrize("confidence", [None, Confidence((0.5,) * 7)])
+@pytest.mark.parametrize("confidence", [None, Confidence((0.5,) * 8)])
 def test_it_comes_back_from_json(confidence: Confidence | None) -> None:
     figures = StudyFigures(5, 4, 0.5, taught=0.25, text_gate=math.pi)
     gate = Gate((0.1,) * 6, (1 / 3,) * 6)

@@ -1,0 +1,68 @@
+"""How near a request is to what was learned: prototypes, and the cosine to the nearest."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from mlpmem_rag.familiarity import MAX_PROTOTYPES, find_prototypes, num_prototypes
+from mlpmem_rag.memory import Memory, MemoryConfig
+
+
+def directions(count: int, width: int, seed: int) -> npt.NDArray[np.float32]:
+    vectors = np.random.default_rng(seed).standard_normal((count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def memory_of(prototypes: npt.NDArray[np.float32]) -> Memory:
+    count, width = prototypes.shape
+    config = MemoryConfig(8, 8, 1, "silu", True, 4, query_size=width, num_prototypes=count)
+    memory = Memory(config)
+    memory.prototypes.copy_(torch.from_numpy(prototypes))
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("questions", "width", "expected"),
+    [(0, 384, 0), (3, 384, 0), (40, 384, 10), (10**6, 384, MAX_PROTOTYPES), (40, 0, 0)],
+)
+def test_a_quarter_as_many_as_questions_up_to_a_limit(
+    questions: int, width: int, expected: int
+) -> None:
+    vectors = np.lib.stride_tricks.as_strided(
+        np.zeros(1, np.float32), (questions, width), (0, 0), writeable=False
+    )
+    assert num_prototypes(vectors) == expected
+
+
+def test_each_prototype_is_the_centre_of_the_questions_nearest_to_it() -> None:
+    rng = np.random.default_rng(0)
+    points = np.repeat(directions(12, 32, seed=1), 20, axis=0)
+    points = points + 0.02 * rng.standard_normal((240, 32))
+    points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    found = find_prototypes(points, 12, seed=0)
+    nearest = (points @ found.T).argmax(1)
+    for number, prototype in enumerate(found):
+        centre = points[nearest == number].mean(0)
+        np.testing.assert_allclose(prototype, centre / np.linalg.norm(centre), atol=1e-5)
+    np.testing.assert_array_equal(found, find_prototypes(points, 12, seed=0))
+
+
+def test_what_was_learned_is_more_familiar_than_anything_else() -> None:
+    learned = directions(400, 64, seed=2)
+    memory = memory_of(find_prototypes(learned, num_prototypes(learned), seed=0))
+    known = memory.familiarity(torch.from_numpy(learned))
+    other = memory.familiarity(torch.from_numpy(directions(400, 64, seed=3)))
+    assert np.mean(known) > np.mean(other) + 0.2
+
+
+def test_familiarity_is_the_largest_cosine() -> None:
+    prototypes, asked = directions(7, 16, seed=4), directions(5, 16, seed=5)
+    found = memory_of(prototypes).familiarity(torch.from_numpy(asked))
+    np.testing.assert_allclose(found, (asked @ prototypes.T).max(1), rtol=1e-5)
+
+
+def test_a_memory_of_no_questions_knows_no_request() -> None:
+    assert memory_of(np.zeros((0, 16), np.float32)).familiarity(torch.ones(3, 16)) == [0.0] * 3
