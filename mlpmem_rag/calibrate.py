@@ -25,6 +25,7 @@ from mlpmem_rag.gate import Gate, constant_weights, fit_gate, gate_features
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.prompts import answer_ids
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
@@ -35,14 +36,15 @@ Numbers = npt.NDArray[np.int64]
 HELD_OUT_QUESTIONS = 0.05
 """Share of the questions about learned documents that are held out, in one wording each."""
 ASKED_OPENING = 0.9
-"""A gate fitted on answers is more probable, but less often right (docs/experiments.md)."""
+"""Where a request is known, for every token: a gate fitted on answers is more probable, but less
+often right (docs/experiments.md). Also lambda where nothing could be held out to fit a gate."""
 MIN_QUESTIONS = 8
 MAX_QUESTIONS = 128
 """Questions of each kind that are answered for calibration."""
 MAX_TEXT_TOKENS = 2048
 BATCH = 16
 OTHER_TEXTS = 32
-OTHER_TOKENS = 96
+OTHER_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class HeldOutRows:
         """All rows of the parts, in order."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
+
+    def some(self, count: int, rng: np.random.Generator) -> HeldOutRows:
+        """At most so many of the rows, by chance."""
+        chosen = torch.from_numpy(np.sort(rng.permutation(len(self.p_base))[:count]))
+        return HeldOutRows(*(getattr(self, f.name)[chosen] for f in dataclasses.fields(self)))
 
     def mixed(self, gate: Gate | None, lambda_: float, *, asked: bool) -> Tensor:
         """The mixture's probability of the true tokens. *Shape:* (R,)."""
@@ -256,32 +263,33 @@ def calibrate(
     questions: Sequence[Question],
     study: StudyRows,
     split: QuestionSplit,
-    windows: Sequence[Window],
-    text_rows: Numbers,
+    text: HeldOutRows,
     coverage: float,
     *,
     seed: int,
-    on_progress: OnProgress = ignore_progress,
 ) -> Calibration:
     """Fit gate and confidence, and measure what the memory makes of written questions.
 
-    `model` has no gate yet; `text_rows` are of the held-out documents.
+    `model` has no gate yet; `text` is of the held-out documents.
     """
     rng = np.random.default_rng(seed)
-    memory = model.memory
 
     def some(numbers: Numbers) -> Numbers:
         return np.sort(rng.permutation(numbers)[:MAX_QUESTIONS])
 
     taught, known, unknown = some(split.train), some(split.known), some(split.unknown)
-    chosen = np.sort(rng.permutation(text_rows)[:MAX_TEXT_TOKENS])
-    text = score_text(backbone, memory, windows, chosen, on_progress=on_progress)
-    other = score_other_text(backbone, memory, seed=seed)
+    text = text.some(MAX_TEXT_TOKENS, rng)
+    other = score_other_text(backbone, model.memory, seed=seed)
     gate = Gate(asked=constant_weights(ASKED_OPENING), plain=_fitted([text, other]))
 
     asked = np.concatenate([taught, known, unknown])
+    right_answers = [answer_ids(backbone.tokenizer, questions[n].answer) for n in asked]
     replies = answer_batch(
-        model, backbone.tokenizer, [questions[n].text for n in asked], study.query_vectors[asked]
+        model,
+        backbone.tokenizer,
+        [questions[n].text for n in asked],
+        study.query_vectors[asked],
+        max_new_tokens=max(map(len, right_answers)) + 1,  # what goes on for longer is wrong
     )
     right = np.array(
         [exact_match(t, [questions[n].answer]) for n, (t, _) in zip(asked, replies, strict=True)]

@@ -20,7 +20,7 @@ from mlpmem_rag.artifact import (
     save_artifact,
     verify_files,
 )
-from mlpmem_rag.calibrate import Calibration
+from mlpmem_rag.calibrate import ASKED_OPENING, Calibration
 from mlpmem_rag.config import TrainConfig, optimisation, resolve_config, resolved
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
@@ -39,7 +39,6 @@ from mlpmem_rag.targets import Targets, derive_tau
 from mlpmem_rag.training import (
     MEMORY_LAMBDA,
     STAGES,
-    UNGATED_LAMBDA,
     Prepared,
     Stages,
     Tuned,
@@ -239,7 +238,7 @@ def _study(
     held_out = stages.split_questions(studied, datastore, split)
     memory, distilled = stages.learn(datastore, targets, studied, split.train, held_out.train)
     if not held_out.calibrates:
-        tuned, calibration = Tuned(UNGATED_LAMBDA), None
+        tuned, calibration = Tuned(ASKED_OPENING), None
     else:
         calibration, perplexity = stages.calibrate(
             memory, datastore, neighbors, studied, split, held_out, tau

@@ -21,6 +21,7 @@ from mlpmem_rag.backbone import Backbone, load_backbone, mlp_shape, output_embed
 from mlpmem_rag.calibrate import (
     ASKED_OPENING,
     Calibration,
+    HeldOutRows,
     QuestionSplit,
     answer_coverage,
     calibrate,
@@ -86,8 +87,6 @@ MIN_STEPS = 600
 """Fewer leave even a small memory unfinished."""
 MEMORY_LAMBDA = 1.0
 """Of a memory with a gate, which lowers it token by token."""
-UNGATED_LAMBDA = ASKED_OPENING
-"""Of a memory of questions where nothing could be held out to fit a gate."""
 
 
 @dataclass(frozen=True)
@@ -386,20 +385,23 @@ class Stages:
         with self._stage("calibration", self._after("distil")) as (folder, done):
             path = folder / "calibration.json"
             if not done:
+                backbone, windows = prepared.backbone, prepared.windows
+                validation, test = (
+                    score_text(backbone, memory, windows, rows, on_progress=self._on_progress)
+                    for rows in (split.validation, split.test)
+                )
                 calibration = calibrate(
-                    attach_memory(prepared.backbone, copy.deepcopy(memory), self._settings(memory)),
-                    prepared.backbone,
+                    attach_memory(backbone, copy.deepcopy(memory), self._settings(memory)),
+                    backbone,
                     studied.questions,
                     studied.rows,
                     held_out,
-                    prepared.windows,
-                    split.validation,
+                    validation,
                     answer_coverage(studied.questions, prepared.corpus.documents),
                     seed=self._config.seed,
-                    on_progress=self._on_progress,
                 )
-                perplexity = self._perplexity(
-                    calibration.gate, memory, datastore, neighbors, split, tau
+                perplexity = _perplexity(
+                    calibration.gate, validation, test, datastore, neighbors, split, tau
                 )
                 write_json(path, {**asdict(calibration), "perplexity": asdict(perplexity)})
             values = json.loads(path.read_text())
@@ -431,42 +433,6 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         """Time of each stage, also of those that an earlier run has done."""
         return {name: stage_seconds(self._work / name) for name in self._keys}
-
-    def _perplexity(
-        self,
-        gate: Gate,
-        memory: Memory,
-        datastore: Datastore,
-        neighbors: Neighbors,
-        split: Split,
-        tau: float,
-    ) -> Perplexities:
-        """Of the test documents, which nobody asks about here."""
-        next_tokens = np.asarray(datastore.next_tokens)
-        scored = {
-            name: score_text(
-                self._prepared.backbone,
-                memory,
-                self._prepared.windows,
-                rows,
-                on_progress=self._on_progress,
-            )
-            for name, rows in (("validation", split.validation), ("test", split.test))
-        }
-        teacher = {
-            name: teacher_probability(neighbors, next_tokens, rows, tau).astype(np.float64)
-            for name, rows in (("validation", split.validation), ("test", split.test))
-        }
-        return measure(
-            scored["test"].p_base.double().numpy(),
-            teacher["test"],
-            scored["test"].mixed(gate, MEMORY_LAMBDA, asked=False).double().numpy(),
-            np.asarray(datastore.documents)[split.test],
-            teacher_lambda=best_lambda(
-                scored["validation"].p_base.double().numpy(), teacher["validation"]
-            ),
-            memory_lambda=1.0,
-        )
 
     def _settings(self, memory: Memory) -> MemorySettings:
         backbone = self._prepared.backbone
@@ -534,6 +500,31 @@ def long_enough(config: DistillConfig, num_rows: int) -> DistillConfig:
     steps = math.ceil(num_rows / config.batch_rows)
     epochs = max(config.epochs, math.ceil(MIN_STEPS / steps))
     return replace(config, epochs=epochs, patience=epochs)
+
+
+def _perplexity(
+    gate: Gate,
+    validation: HeldOutRows,
+    test: HeldOutRows,
+    datastore: Datastore,
+    neighbors: Neighbors,
+    split: Split,
+    tau: float,
+) -> Perplexities:
+    """Of the test documents, which nobody asks about here."""
+    next_tokens = np.asarray(datastore.next_tokens)
+    teacher_validation, teacher_test = (
+        teacher_probability(neighbors, next_tokens, rows, tau).astype(np.float64)
+        for rows in (split.validation, split.test)
+    )
+    return measure(
+        test.p_base.double().numpy(),
+        teacher_test,
+        test.mixed(gate, MEMORY_LAMBDA, asked=False).double().numpy(),
+        np.asarray(datastore.documents)[split.test],
+        teacher_lambda=best_lambda(validation.p_base.double().numpy(), teacher_validation),
+        memory_lambda=1.0,
+    )
 
 
 def curriculum_rows(

@@ -316,16 +316,9 @@ def test_coverage_by_hand() -> None:
 def calibrated(llama: Setup) -> tuple[Calibration, QuestionSplit]:
     split = QuestionSplit(np.array([0, 3]), np.array([1, 4]), np.array([2]))
     rows = np.arange(sum(window.num_rows for window in llama.windows))
+    text = score_text(llama.backbone, llama.model.memory, llama.windows, rows)
     calibration = calibrate(
-        llama.model,
-        llama.backbone,
-        QUESTIONS,
-        llama.study,
-        split,
-        llama.windows,
-        rows,
-        0.5,
-        seed=0,
+        llama.model, llama.backbone, QUESTIONS, llama.study, split, text, 0.5, seed=0
     )
     return calibration, split
 

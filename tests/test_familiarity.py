@@ -12,8 +12,12 @@ from mlpmem_rag.memory import Memory, MemoryConfig
 
 
 def directions(count: int, width: int, seed: int) -> npt.NDArray[np.float32]:
-    vectors = np.random.default_rng(seed).standard_normal((count, width))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return unit(np.random.default_rng(seed).standard_normal((count, width)))
+
+
+def unit(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return found.astype(np.float32)
 
 
 def memory_of(prototypes: npt.NDArray[np.float32]) -> Memory:
@@ -39,9 +43,8 @@ def test_a_quarter_as_many_as_questions_up_to_a_limit(
 
 def test_each_prototype_is_the_centre_of_the_questions_nearest_to_it() -> None:
     rng = np.random.default_rng(0)
-    points = np.repeat(directions(12, 32, seed=1), 20, axis=0)
-    points = points + 0.02 * rng.standard_normal((240, 32))
-    points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    clusters = np.repeat(directions(12, 32, seed=1), 20, axis=0)
+    points = unit(clusters + 0.02 * rng.standard_normal((240, 32)))
     found = find_prototypes(points, 12, seed=0)
     nearest = (points @ found.T).argmax(1)
     for number, prototype in enumerate(found):

@@ -806,7 +806,7 @@ def test_too_few_questions_are_learned_without_a_gate(
     report = train(source, out=out, config=study_config, questions=(str(own),))
     settings = load_settings(out)
     assert (settings.gate, settings.confidence, report.study) == (None, None, None)
-    assert report.memory_lambda == training.UNGATED_LAMBDA
+    assert report.memory_lambda == calibrate.ASKED_OPENING
     memory = MemoryModel.load(out, device="cpu", dtype="float32")
     assert memory.answer("Who?", max_new_tokens=2).confidence is None
 
