@@ -12,10 +12,10 @@ from mlpmem_rag.neighbors import import_faiss
 from mlpmem_rag.query import Vectors
 
 QUESTIONS_EACH = 4
-MAX_PROTOTYPES = 4096
+MAX_PROTOTYPES = 8192
 MAX_SAMPLE = 64
 """Vectors for each prototype beyond which more of them change little."""
-ROUNDS = 10
+ROUNDS = 3
 
 
 def num_prototypes(vectors: Vectors) -> int:
