@@ -147,7 +147,7 @@ class Memory(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = _norm(config)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.register_buffer("corpus_tokens", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.register_buffer("corpus_tokens", torch.arange(config.vocab_size))
 
     def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
         """Logits; without a query vector, a query-aware memory takes that no request is known.

@@ -33,14 +33,14 @@ def mix(
     lambda_: float,
     gate: Gate | None = None,
     *,
-    asked: bool = False,
+    asked: bool | Tensor = False,
 ) -> Tensor:
     """Log-probabilities of the mixture; at lambda 0 the base's logits, untouched.
 
     A gate lowers lambda token by token, in one way where a request is known (`asked`) and in
-    another where none is. *Shapes:* base (..., W), memory (..., V),
-    corpus_tokens (V,) -> (..., W), with W the base's vocabulary. Tokens outside the corpus have
-    no memory mass.
+    another where none is. *Shapes:* base (..., W), memory (..., V), corpus_tokens (V,),
+    asked (...) -> (..., W), with W the base's vocabulary. Tokens outside the corpus have no
+    memory mass.
     """
     if lambda_ == 0.0:
         return base_logits
