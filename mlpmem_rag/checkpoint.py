@@ -78,7 +78,7 @@ class Provenance:
     def encoder_folder(self) -> Path | None:
         """Where the query encoder lies; None: it goes by its name."""
         folder = self.folder / ENCODER
-        return folder if folder.is_dir() else None
+        return folder if self.merged and folder.is_dir() else None
 
 
 def open_folder(folder: Path) -> Provenance:
@@ -150,7 +150,9 @@ def save_memory(model: MLPMemForCausalLM, folder: Path) -> None:
         )
     settings = parse_settings(config.to_dict())
     manifest, card = _origin(model)
+    earlier = _listed(folder)
     save_artifact(folder, settings, model.memory, manifest, card)
+    _remove(folder, earlier - _listed(folder))
     with contextlib.suppress(OSError):  # not empty: a training's own
         (folder / WORK).rmdir()
 
@@ -164,6 +166,7 @@ def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], 
         write: writes configuration and weights as transformers does.
     """
     staged = folder / STAGED
+    earlier = _listed(folder)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
@@ -181,13 +184,27 @@ def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], 
         }
         write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
         for name in (*names, MANIFEST):  # everything is on the disk: only renames are left
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staged / name).replace(folder / name)
-        for old in folder.glob("*.safetensors*"):  # shards of an earlier, larger model
-            if old.name not in files:
-                old.unlink()
+        _remove(folder, earlier - set(files))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of the memory that is in a folder, if there is one."""
+    try:
+        return set(load_manifest(folder).files)
+    except ArtifactError:
+        return set()
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Take away files of an earlier memory that the new one does not have."""
+    for name in names:
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
 
 
 def _saved_encoder(model: MLPMemForCausalLM) -> Callable[[Path], None] | None:

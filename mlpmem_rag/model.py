@@ -227,6 +227,7 @@ class MLPMemForCausalLM(AugmentedLM):
         load: Any = super().from_pretrained
         loaded = load(source.folder, *args, **kwargs)
         model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base.requires_grad_(False)  # transformers has put new parameters in place
         model.provenance = source
         model.base.generation_config = model.generation_config
         if (source.folder / "tokenizer_config.json").is_file():
