@@ -242,10 +242,18 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
 
     # What transformers asks of a model that generates.
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,  # noqa: ANN401
+        inputs_embeds: Tensor | None = None,  # by name: `generate` looks whether it is there
+        **kwargs: Any,  # noqa: ANN401
+    ) -> dict[str, Any]:
         """The base's, since every architecture has its own needs."""
         mine = {name: kwargs.pop(name, None) for name in MINE}
-        inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         return {**inputs, **mine}
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
