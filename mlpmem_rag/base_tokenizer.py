@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from mlpmem_rag.configuration import MLPMemConfig
+from mlpmem_rag.configuration import MemoryStackConfig, MLPMemConfig
 from mlpmem_rag.embedded import embedded_model_path
 from mlpmem_rag.errors import ArtifactError
 
@@ -27,10 +28,13 @@ class BaseTokenizer(PreTrainedTokenizerFast):
         Raises:
             ArtifactError: the memory names no base model.
         """
-        hub = {n: kwargs.pop(n, None) for n in ("revision", "_commit_hash", "subfolder")}
-        config = MLPMemConfig.from_pretrained(
-            pretrained_model_name_or_path, revision=hub["revision"] or "main"
-        )
+        folder = pretrained_model_name_or_path
+        revision = kwargs.pop("revision", None) or "main"
+        for name in ("_commit_hash", "subfolder"):
+            kwargs.pop(name, None)
+        config = AutoConfig.from_pretrained(folder, revision=revision)
+        if isinstance(config, MemoryStackConfig):  # all of its memories have the same base
+            return cls.from_pretrained(Path(folder) / next(iter(config.members)), *args, **kwargs)
         if config.base is None:
             raise ArtifactError(
                 f"{pretrained_model_name_or_path} names no base model and has no tokenizer of its "

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 MODEL_TYPE = "mlpmem"
+STACK_TYPE = "mlpmem-stack"
 
 
 class MLPMemConfig(PreTrainedConfig):
@@ -77,4 +78,39 @@ class MLPMemConfig(PreTrainedConfig):
         return {**super().to_diff_dict(), **{name: getattr(self, name) for name in mine}}
 
 
+class MemoryStackConfig(PreTrainedConfig):
+    """`config.json` of a stack of memories on one base model.
+
+    Attributes:
+        base_config: the base model's own configuration; not in `config.json`.
+        members: the memories by name, each with its mixing weight; a memory's own folder lies in
+            the folder of the stack, under its name.
+        memory_lambda: multiplies every member's weight; 0 is the base model alone.
+    """
+
+    model_type = STACK_TYPE
+    sub_configs = {"base_config": AutoConfig}  # noqa: RUF012  as transformers has it
+
+    def __init__(
+        self,
+        base_config: PreTrainedConfig | None = None,
+        members: dict[str, float] | None = None,
+        memory_lambda: float = 1.0,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        self.base_config: PreTrainedConfig | None = None  # the base class asks for it
+        self.members = members or {}
+        self.memory_lambda = memory_lambda
+        super().__init__(**kwargs)
+        self.base_config = base_config
+        importlib.import_module("mlpmem_rag.stack")  # registers itself
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:  # noqa: ANN401
+        """The base's own, which decides how key-value caches are laid out."""
+        if self.base_config is None:
+            return self
+        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
 AutoConfig.register(MODEL_TYPE, MLPMemConfig, exist_ok=True)
+AutoConfig.register(STACK_TYPE, MemoryStackConfig, exist_ok=True)

@@ -58,13 +58,13 @@ class MLPMemForCausalLM(AugmentedLM):
         if base is None:
             base = _new_base(config)
         else:
-            _keep_weights(base)
+            keep_weights(base)
         super().__init__(config, base)
         check_lambda(config.memory_lambda)
         if memory is None:
             memory = Memory(MemoryConfig(**(config.memory or {})))
         else:
-            _keep_weights(memory)
+            keep_weights(memory)
         self.memory = memory
         gate = config.gate
         self.gate = Gate(**{n: tuple(w) for n, w in gate.items()}) if gate else None
@@ -333,17 +333,13 @@ def _load_beside(source: Provenance, options: dict[str, Any]) -> Any:  # noqa: A
     generation_config = options.pop("generation_config", None)
     with_info = options.pop("output_loading_info", False)
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
-    device = _one_device(options.pop("device_map", None))
+    device = one_device(options.pop("device_map", None))
     config, options = (
         (given, options)
         if isinstance(given, MLPMemConfig)
         else MLPMemConfig.from_pretrained(source.folder, return_unused_kwargs=True, **options)
     )
-    if options:
-        raise ConfigError(
-            f"{', '.join(sorted(options))}: not for a memory whose base model is elsewhere; load "
-            "it without, or save it with merge_base=True and load that"
-        )
+    refuse_options(options)
     settings = replace(
         load_settings(source.folder),
         memory_lambda=check_lambda(config.memory_lambda),
@@ -359,7 +355,20 @@ def _load_beside(source: Provenance, options: dict[str, Any]) -> Any:  # noqa: A
     return (model, {**nothing, "mismatched_keys": [], "error_msgs": []}) if with_info else model
 
 
-def _one_device(device_map: object) -> str:
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Say which options of `from_pretrained` cannot be followed.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if options:
+        raise ConfigError(
+            f"{', '.join(sorted(options))}: not for a memory whose base model is elsewhere; load "
+            "it without, or save it with merge_base=True and load that"
+        )
+
+
+def one_device(device_map: object) -> str:
     """The device that a `device_map` names.
 
     Raises:
@@ -392,7 +401,7 @@ def _new_base(config: MLPMemConfig) -> PreTrainedModel:
     return base
 
 
-def _keep_weights(module: torch.nn.Module) -> None:
+def keep_weights(module: torch.nn.Module) -> None:
     """Tell transformers that these weights are there already: it fills in missing ones at random.
 
     It does so module by module, and only where this mark is not set.
