@@ -224,9 +224,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, stack: Any) -> None:  #
 
 def test_memories_of_another_base_are_refused(
     tmp_path: Path,
-    stack: Any,
+    stack: Any,  # noqa: ANN401
     bare_folder: Path,
-    memory_on: MemoryOn,  # noqa: ANN401
+    memory_on: MemoryOn,
 ) -> None:
     other = load_backbone(str(bare_folder), device="cpu", dtype="float32")
     memory_on(other).save_pretrained(tmp_path / "other")
@@ -248,9 +248,9 @@ def test_a_memory_with_its_base_inside_is_refused(
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b", "..", "plain", "items"])
 def test_names_that_are_no_folder_names_or_taken_are_refused(
-    stack: Any,
+    stack: Any,  # noqa: ANN401
     folders: dict[str, Path],
-    name: str,  # noqa: ANN401
+    name: str,
 ) -> None:
     with pytest.raises(ConfigError, match="cannot be named"):
         stack.add(name, folders["plain"])
