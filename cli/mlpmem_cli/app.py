@@ -15,6 +15,7 @@ import typer
 
 from mlpmem_cli.ask import ask
 from mlpmem_cli.chat import chat
+from mlpmem_cli.convert import convert
 from mlpmem_cli.inspect import inspect
 from mlpmem_cli.plan import plan
 from mlpmem_cli.questions import questions
@@ -36,6 +37,7 @@ app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
 app.command()(questions)
+app.command()(convert)
 
 DEBUG_VARIABLE = "MLPMEM_DEBUG"
 
