@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow coverage lint format wheel clean
+.PHONY: help setup demo test test-slow test-transformers coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
@@ -32,6 +32,9 @@ test: setup ## run the tests on tiny models
 
 test-slow: setup ## run the tests on real models
 	$(BIN)/pytest -m slow
+
+test-transformers: setup ## run transformers' own model tests on a tiny memory
+	$(BIN)/python .ci/transformers_tests.py
 
 coverage: setup ## run the tests and list the lines that none of them reached
 	$(BIN)/pytest --cov --cov-report=term

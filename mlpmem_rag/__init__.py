@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from mlpmem_rag.pipeline import plan_training, train
     from mlpmem_rag.report import TrainReport
 else:
+    from wrapt import register_post_import_hook
+
+    # Whichever of the two is imported first: transformers' Auto classes know the model.
+    register_post_import_hook(
+        lambda _: importlib.import_module("mlpmem_rag.configuration"),
+        "transformers.models.auto.configuration_auto",
+    )
     _HOMES = {
         "Answer": "memory_model",
         "Corpus": "corpus",

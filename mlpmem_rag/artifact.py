@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mlpmem_rag.backbone import BaseReference
 from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.configuration import MODEL_TYPE
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.memory import Memory, MemoryConfig
@@ -28,10 +29,10 @@ from mlpmem_rag.storage import replace_file, write_json
 FORMAT_VERSION = 2
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+SAFETENSORS = ".safetensors"
 MANIFEST = "manifest.json"
 CARD = "README.md"
 WORK = "work"
-MODEL_TYPE = "mlpmem"
 
 
 @dataclass(frozen=True)
@@ -112,25 +113,14 @@ def load_settings(folder: Path) -> MemorySettings:
     Raises:
         ArtifactError: it is missing, damaged, or not a memory's.
     """
-    config = _read_json(folder, CONFIG)
+    config = read_json(folder, CONFIG)
     if config.get("model_type") != MODEL_TYPE:
         raise ArtifactError(
             f"{folder / CONFIG} describes a {config.get('model_type')!r}, not a {MODEL_TYPE!r}; "
             "give a folder written by mlpmem-rag train"
         )
     try:
-        settings = MemorySettings(
-            base=BaseReference(**config["base"]),
-            layer=int(config["layer"]),
-            memory=MemoryConfig(**config["memory"]),
-            memory_lambda=float(config["memory_lambda"]),
-            memory_temperature=float(config["memory_temperature"]),
-            encoder=str(config["encoder"]),
-            gate=Gate(**_weights(config["gate"])) if config["gate"] else None,
-            confidence=(
-                Confidence(**_weights(config["confidence"])) if config["confidence"] else None
-            ),
-        )
+        settings = parse_settings(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}); train again"
@@ -141,6 +131,24 @@ def load_settings(folder: Path) -> MemorySettings:
             f"temperature {settings.memory_temperature} (allowed above 0); train again"
         )
     return settings
+
+
+def parse_settings(config: dict[str, Any]) -> MemorySettings:
+    """The settings among the fields of a configuration.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: a field is missing or of another kind.
+    """
+    return MemorySettings(
+        base=BaseReference(**config["base"]),
+        layer=int(config["layer"]),
+        memory=MemoryConfig(**config["memory"]),
+        memory_lambda=float(config["memory_lambda"]),
+        memory_temperature=float(config["memory_temperature"]),
+        encoder=str(config["encoder"]),
+        gate=Gate(**_weights(config["gate"])) if config["gate"] else None,
+        confidence=(Confidence(**_weights(config["confidence"])) if config["confidence"] else None),
+    )
 
 
 def _weights(values: dict[str, Any]) -> dict[str, tuple[float, ...]]:
@@ -156,7 +164,7 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: it is missing, damaged, or of a newer format.
     """
-    content = _read_json(folder, MANIFEST)
+    content = read_json(folder, MANIFEST)
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -178,7 +186,9 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         ArtifactError: a file is missing or changed; both values are named.
     """
-    for name in (CONFIG, WEIGHTS, CARD):
+    if not any(name.endswith(SAFETENSORS) for name in manifest.files):
+        raise ArtifactError(f"{folder / MANIFEST} lists no {WEIGHTS}; train again")
+    for name in dict.fromkeys((CONFIG, *manifest.files, CARD)):
         entry = manifest.files.get(name)
         path = folder / name
         if entry is None:
@@ -246,7 +256,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read one of the folder's JSON files.
+
+    Raises:
+        ArtifactError: it is missing, or no JSON object.
+    """
     path = folder / name
     if not path.is_file():
         raise ArtifactError(

@@ -39,17 +39,16 @@ class Gate:
             if len(weights) != NUM_FEATURES + 1:
                 raise ValueError(f"{len(weights)} gate weights instead of {NUM_FEATURES + 1}")
 
-    def constant(self, *, asked: bool) -> float | None:
-        """The opening where it is the same for every token; None where features decide."""
-        *weights, odds = self.asked if asked else self.plain
-        if any(weights):
-            return None
-        return math.exp(min(odds, 0.0)) / (1 + math.exp(-abs(odds)))  # the sigmoid, any odds
+    def opening(self, features: Tensor, *, asked: bool | Tensor) -> Tensor:
+        """What lambda is multiplied with, 0 to 1.
 
-    def opening(self, features: Tensor, *, asked: bool) -> Tensor:
-        """What lambda is multiplied with, 0 to 1. *Shape:* (..., F) -> (...)."""
-        weights = features.new_tensor(self.asked if asked else self.plain)
-        return (features @ weights[:-1] + weights[-1]).sigmoid()
+        *Shapes:* features (..., F), asked (...) or one for all -> (...).
+        """
+        known, unknown = (
+            (features @ weights[:-1] + weights[-1]).sigmoid()
+            for weights in map(features.new_tensor, (self.asked, self.plain))
+        )
+        return torch.where(torch.as_tensor(asked, device=features.device), known, unknown)
 
 
 def constant_weights(opening: float) -> tuple[float, ...]:

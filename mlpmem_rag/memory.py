@@ -40,6 +40,9 @@ class MemoryConfig:
             alike.
         num_prototypes: M, query vectors that stand for all questions learned; see
             `Memory.familiarity`.
+        norm_eps: added to variances in the norms.
+        inner_size: width that hidden states are first mapped to, as in published checkpoints whose
+            memory is not as wide as the base; 0: they are taken as they are.
     """
 
     hidden_size: int
@@ -51,11 +54,13 @@ class MemoryConfig:
     query_size: int = 0
     hidden_scale: float = 1.0
     num_prototypes: int = 0
+    norm_eps: float = 1e-5
+    inner_size: int = 0
 
     @property
     def width(self) -> int:
-        """D + Q, width of the residual stream."""
-        return self.hidden_size + self.query_size
+        """Width of the residual stream: D + Q, with the inner width for D where there is one."""
+        return (self.inner_size or self.hidden_size) + self.query_size
 
 
 def derive_config(
@@ -135,7 +140,7 @@ class Block(nn.Module):
 
 def _norm(config: MemoryConfig) -> nn.Module:
     kind = nn.RMSNorm if config.gated else nn.LayerNorm
-    return kind(config.width, eps=1e-5)
+    return kind(config.width, eps=config.norm_eps)
 
 
 class Memory(nn.Module):
@@ -151,10 +156,12 @@ class Memory(nn.Module):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.config = config
+        if config.inner_size:
+            self.embedding_transform = nn.Linear(config.hidden_size, config.inner_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = _norm(config)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.register_buffer("corpus_tokens", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.register_buffer("corpus_tokens", torch.arange(config.vocab_size))
         shape = (config.num_prototypes, config.query_size)
         self.register_buffer("prototypes", torch.zeros(shape))
 
@@ -164,6 +171,8 @@ class Memory(nn.Module):
         *Shapes:* hidden (..., D), query (..., Q), broadcast over positions -> (..., V).
         """
         x = hidden.to(self.lm_head.weight.dtype) / self.config.hidden_scale
+        if self.config.inner_size:
+            x = self.embedding_transform(x)
         if width := self.config.query_size:
             shape = (*x.shape[:-1], width)
             # A vector of length 1 becomes one of unit variance, as the hidden state is.

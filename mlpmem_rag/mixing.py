@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -33,27 +36,67 @@ def mix(
     lambda_: float,
     gate: Gate | None = None,
     *,
-    asked: bool = False,
+    asked: bool | Tensor = False,
 ) -> Tensor:
     """Log-probabilities of the mixture; at lambda 0 the base's logits, untouched.
 
     A gate lowers lambda token by token, in one way where a request is known (`asked`) and in
-    another where none is. *Shapes:* base (..., W), memory (..., V),
-    corpus_tokens (V,) -> (..., W), with W the base's vocabulary. Tokens outside the corpus have
-    no memory mass.
+    another where none is. *Shapes:* base (..., W), memory (..., V), corpus_tokens (V,),
+    asked (...) -> (..., W), with W the base's vocabulary. Tokens outside the corpus have no
+    memory mass.
     """
     if lambda_ == 0.0:
         return base_logits
     base = base_logits.float().log_softmax(-1)
-    weight = torch.tensor(lambda_, dtype=torch.float64, device=base.device)
-    if gate is not None and (opening := gate.constant(asked=asked)) is not None:
-        weight = weight * opening
-    elif gate is not None:
-        features = gate_features(memory_log_probs, base, corpus_tokens)
-        weight = (lambda_ * gate.opening(features, asked=asked))[..., None]
-    mixed = base + torch.log1p(-weight)
-    there = torch.logaddexp(mixed[..., corpus_tokens], memory_log_probs + torch.log(weight))
-    return mixed.index_copy(-1, corpus_tokens, there)
+    weight = gated_weight(base, memory_log_probs, corpus_tokens, lambda_, gate, asked=asked)
+    return mixture(base, [Share(memory_log_probs, corpus_tokens, weight)])
+
+
+@dataclass(frozen=True)
+class Share:
+    """One memory's part in a mixture.
+
+    Attributes:
+        log_probs: over its corpus vocabulary. *Shape:* (..., V).
+        corpus_tokens: the base's ids of that vocabulary. *Shape:* (V,).
+        weight: 0 to 1. *Shape:* () or (..., 1).
+    """
+
+    log_probs: Tensor
+    corpus_tokens: Tensor
+    weight: Tensor
+
+
+def gated_weight(
+    base: Tensor,
+    memory_log_probs: Tensor,
+    corpus_tokens: Tensor,
+    lambda_: float,
+    gate: Gate | None,
+    *,
+    asked: bool | Tensor,
+) -> Tensor:
+    """Lambda times the opening of the gate; shapes as in `mix`. *Shape:* () or (..., 1)."""
+    if gate is None:
+        return torch.tensor(lambda_, dtype=torch.float64, device=base.device)
+    features = gate_features(memory_log_probs, base, corpus_tokens)
+    return (lambda_ * gate.opening(features, asked=asked))[..., None]
+
+
+def mixture(base: Tensor, shares: Sequence[Share]) -> Tensor:
+    """P = sum of w_i p_i + (1 - sum of w_i) p_LM, as log-probabilities.
+
+    Weights that sum to more than 1 are scaled to sum to 1, position by position: the base model
+    then has no say. *Shape:* base log-probabilities (..., W) -> (..., W).
+    """
+    total = sum((share.weight for share in shares[1:]), shares[0].weight)
+    mixed = base + torch.log1p(-total.clamp(max=1.0))
+    for share in shares:
+        weight = share.weight if len(shares) == 1 else share.weight / total.clamp(min=1.0)
+        tokens = share.corpus_tokens
+        there = torch.logaddexp(mixed[..., tokens], share.log_probs + torch.log(weight))
+        mixed = mixed.index_copy(-1, tokens, there)
+    return mixed
 
 
 def mixture_nll(p_base: Probabilities, p_memory: Probabilities, lambda_: float) -> float:

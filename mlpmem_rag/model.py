@@ -6,212 +6,246 @@ At lambda 0 it returns the base model's output, untouched.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mlpmem_rag.artifact import (
-    MODEL_TYPE,
-    MemorySettings,
-    check_base,
-    load_manifest,
-    load_memory,
-    load_settings,
-    verify_files,
-)
-from mlpmem_rag.backbone import Backbone, HiddenTap, load_backbone, resolve_layer
+from mlpmem_rag import base_tokenizer as base_tokenizer  # registers itself
+from mlpmem_rag import checkpoint
+from mlpmem_rag.artifact import MemorySettings, check_base, load_memory, load_settings
+from mlpmem_rag.augmented import AugmentedLM
+from mlpmem_rag.backbone import Backbone, load_backbone, resolve_layer
+from mlpmem_rag.checkpoint import Provenance
+from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate
-from mlpmem_rag.memory import Memory
+from mlpmem_rag.hardware import dtype_name, resolve_device, resolve_dtype
+from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.mixing import check_lambda, mix
+from mlpmem_rag.query import QueryEncoder, load_encoder
+
+IGNORED = ("_from_auto", "_from_pipeline", "trust_remote_code", "adapter_kwargs", "use_safetensors",
+    "low_cpu_mem_usage", "weights_only")  # fmt: skip
+"""Options of transformers that change nothing here: there is no code to trust, nothing pickled."""
 
 
-class MLPMemConfig(PreTrainedConfig):
-    """The base model's configuration plus what the memory adds."""
+class MLPMemForCausalLM(AugmentedLM):
+    """p = lambda * p_mem + (1 - lambda) * p_LM at every position (paper, section 3).
 
-    model_type = MODEL_TYPE
-
-    def __init__(
-        self,
-        base_config: PreTrainedConfig | None = None,
-        layer: int = 0,
-        memory_lambda: float = 0.0,
-        memory_temperature: float = 1.0,
-        gate: dict[str, Any] | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        self.base_config = base_config  # first: validation in the base class asks for it
-        self.layer = layer
-        self.memory_lambda = memory_lambda
-        self.memory_temperature = memory_temperature
-        self.gate = gate
-        super().__init__(**kwargs)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:  # noqa: ANN401
-        """The base's own, which decides how key-value caches are laid out."""
-        if self.base_config is None:
-            return self
-        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
-
-
-class MLPMemForCausalLM(PreTrainedModel, GenerationMixin):
-    """p = lambda * p_mem + (1 - lambda) * p_LM at every position (paper, section 3)."""
+    Attributes:
+        base: the base model, frozen.
+        memory: the memory.
+        gate: adapts lambda to each token; None: the same everywhere.
+        tokenizer: the base's; None where the model was made without one.
+        provenance: where the memory comes from, kept for the next save.
+    """
 
     config_class = MLPMemConfig
-    base_model_prefix = "base"
-    main_input_name = "input_ids"
+    config: MLPMemConfig
 
     def __init__(
-        self, config: MLPMemConfig, base: PreTrainedModel, memory: Memory, tapped: torch.nn.Module
+        self,
+        config: MLPMemConfig,
+        base: PreTrainedModel | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        super().__init__(config)
-        self.base = base
+        if base is None:
+            base = _new_base(config)
+        else:
+            keep_weights(base)
+        super().__init__(config, base)
+        check_lambda(config.memory_lambda)
+        if memory is None:
+            memory = Memory(MemoryConfig(**(config.memory or {})))
+        else:
+            keep_weights(memory)
         self.memory = memory
-        self._tapped = (tapped,)  # in a tuple: a second registration would double its weights
-        self.generation_config = base.generation_config
-        self._memory_lambda = check_lambda(config.memory_lambda)
         gate = config.gate
         self.gate = Gate(**{n: tuple(w) for n, w in gate.items()}) if gate else None
+        self.provenance: Provenance | None = None
+        self._encoder: QueryEncoder | None = None
+        self._tap_layers(config.layer)
+        self.base.requires_grad_(False)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
-    def memory_lambda(self) -> float:
-        """Mixing weight: 0 is the base model alone, 1 the memory alone where its gate is open."""
-        return self._memory_lambda
-
-    @memory_lambda.setter
-    def memory_lambda(self, value: float) -> None:
-        self._memory_lambda = check_lambda(value)
+    def query_size(self) -> int:
+        """Q, width of the query vectors; 0: the memory reads none."""
+        return self.memory.config.query_size
 
     @property
-    def device(self) -> torch.device:
-        """Where the base model computes."""
-        return self.base.device
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        """The base's."""
-        embeddings: torch.nn.Module = self.base.get_input_embeddings()
-        return embeddings
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        """The base's."""
-        embeddings: torch.nn.Module = self.base.get_output_embeddings()
-        return embeddings
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
-        """The base's, since every architecture has its own needs."""
-        mine = {name: kwargs.pop(name, None) for name in ("memory_lambda", "query_vector")}
-        base: Any = self.base  # torch types submodules as tensors or modules
-        inputs: dict[str, Any] = base.prepare_inputs_for_generation(*args, **kwargs)
-        return {**inputs, **mine}
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        memory_lambda: float | None = None,
-        query_vector: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> CausalLMOutputWithPast:
-        """Log-probabilities of the mixture as `logits` (the base's own logits at lambda 0).
-
-        Args:
-            input_ids: *Shape:* (B, T).
-            attention_mask: as the base takes it.
-            position_ids: as the base takes it.
-            past_key_values: the base's cache; the memory needs none.
-            inputs_embeds: instead of ids. *Shape:* (B, T, D).
-            labels: token ids to predict, -100 where none; gives a loss. *Shape:* (B, T).
-            use_cache: whether to return a cache.
-            logits_to_keep: as in transformers; the memory, too, runs on these positions only.
-            memory_lambda: mixing weight of this call instead of the model's.
-            query_vector: what is asked, as the memory's encoder sees it; the same on every step
-                of a generation. None: no request is known. *Shape:* (B, Q).
-            **kwargs: everything else the base model takes.
+    def query_encoder(self) -> QueryEncoder | None:
+        """What turns texts into query vectors, loaded when first asked for; None: there is none.
 
         Raises:
-            ConfigError: lambda outside 0..1, or query vectors of another number or width.
+            ArtifactError: its vectors are not of the width that the memory reads.
         """
-        lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
-        if lambda_ > 0:
-            logits_to_keep = _named(logits_to_keep, input_ids, inputs_embeds)
-        with HiddenTap(self._tapped[0]).listen() as tap:
-            output = self.base(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
+        if self._encoder is None and self.query_size:
+            self._encoder = load_encoder(self.encoder_source, self.backbone)
+            check_encoder(self._encoder, self.encoder_source, self.query_size)
+        return self._encoder
+
+    @query_encoder.setter
+    def query_encoder(self, encoder: QueryEncoder | None) -> None:
+        check_encoder(encoder, encoder.name if encoder else "none", self.query_size)
+        self._encoder = encoder
+
+    @property
+    def encoder_source(self) -> str:
+        """Where the encoder is loaded from: the memory's own folder, or by its name."""
+        inside = self.provenance.encoder_folder if self.provenance else None
+        return str(inside or self.config.encoder)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base model as the rest of the library takes it.
+
+        Raises:
+            ConfigError: the model was made without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this model has no tokenizer; load it with from_pretrained or set model.tokenizer"
             )
-        logits = output.logits
-        if lambda_ > 0:
-            hidden = tap.hidden.reshape(len(logits), -1, tap.hidden.shape[-1])  # (B, T, D)
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(None)
-            query = self._checked(query_vector, len(hidden))
-            memory_log_probs = self.memory.log_probs(
-                hidden[:, kept], query, self.config.memory_temperature
+        reference = checkpoint.reference_of(self.config, self.base, self.tokenizer)
+        return Backbone(self.base, self.tokenizer, self.config.layer, reference)
+
+    def encode_queries(self, texts: Sequence[str]) -> Tensor:
+        """Query vectors of texts. *Shape:* B texts -> (B, Q).
+
+        Raises:
+            ConfigError: the memory reads no query vector, or its encoder is not known.
+        """
+        encoder = self.query_encoder
+        if encoder is None:
+            raise ConfigError(
+                f"this memory has no query encoder (encoder {self.config.encoder!r}); "
+                "pass query_vector, or set model.query_encoder"
             )
-            logits = mix(
-                logits,
-                memory_log_probs,
-                self.memory.corpus_tokens,
-                lambda_,
-                self.gate,
-                asked=query is not None,
-            )
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-            )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+        return torch.from_numpy(encoder.encode(list(texts))).to(self.device)
+
+    def mixed(
+        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+    ) -> Tensor:
+        """See `AugmentedLM.mixed`."""
+        memory_log_probs = self.memory.log_probs(
+            states[self.config.layer],
+            None if query is None else query[:, None],
+            self.config.memory_temperature,
+        )
+        asked: bool | Tensor = False
+        if query is not None:
+            asked = query.ne(0).any(-1, keepdim=True)  # (B, 1)
+        return mix(
+            logits, memory_log_probs, self.memory.corpus_tokens, lambda_, self.gate, asked=asked
         )
 
-    def _checked(self, query_vector: Tensor | None, batch: int) -> Tensor | None:
-        """The vectors as the memory takes them. *Shape:* (B, Q) -> (B, 1, Q)."""
-        width = self.memory.config.query_size
-        if query_vector is None or width == 0:
-            return None
-        if query_vector.shape != (batch, width):
-            raise ConfigError(
-                f"query_vector has shape {tuple(query_vector.shape)}; this memory takes "
-                f"{(batch, width)}, one vector for each sequence"
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        merge_base: bool | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Write the memory to a folder of safetensors and JSON.
+
+        Args:
+            save_directory: the folder.
+            merge_base: put base model, tokenizer and query encoder into the folder, so that
+                nothing else is needed to load it. None: only where the base model is not known by
+                a name, or was in the folder that this model came from.
+            push_to_hub: upload it, too.
+            **kwargs: as in transformers; those that are about weights apply with `merge_base`.
+
+        Raises:
+            ConfigError: `merge_base=False` for a base model that is not known by name.
+        """
+        hub = {n: kwargs.pop(n) for n in checkpoint.HUB_OPTIONS if n in kwargs}
+        folder = Path(save_directory)
+        if merge_base is None:
+            merge_base = self.config.base is None or bool(
+                self.provenance and self.provenance.merged
             )
-        return query_vector[:, None].to(self.device)
+        if merge_base:
+            write: Any = super().save_pretrained
+            checkpoint.save_merged(self, folder, lambda inside: write(inside, **kwargs))
+        else:
+            checkpoint.save_memory(self, folder)
+        if push_to_hub:
+            checkpoint.upload(folder, hub.pop("repo_id", folder.name), **hub)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        merge_base: bool | None = None,
+        max_shard_size: str | int = "50GB",
+        **options: Any,  # noqa: ANN401
+    ) -> str:
+        """Save and upload; `options` as in transformers. Returns the address of the commit."""
+        return checkpoint.save_and_upload(
+            lambda folder: self.save_pretrained(
+                folder, merge_base=merge_base, max_shard_size=max_shard_size
+            ),
+            repo_id,
+            **options,
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Load a memory folder, or a hub repository of one, with its base model.
+
+        Args:
+            pretrained_model_name_or_path: the folder or repository.
+            *args: as in transformers.
+            **kwargs: as in transformers, the settings of `MLPMemConfig` among them, and
+                `base_model`: where to take the base from when its place has changed since the
+                training; its fingerprint must be the same.
+
+        Raises:
+            ArtifactError: files are missing, damaged, or belong to another base model.
+            BaseModelError: the base model cannot be loaded.
+            ConfigError: an option that this model does not take.
+        """
+        source = checkpoint.fetch(os.fspath(pretrained_model_name_or_path), kwargs)
+        if not source.merged:
+            return _load_beside(source, kwargs)
+        if kwargs.pop("base_model", None) is not None:
+            raise _base_inside(source)
+        load: Any = super().from_pretrained
+        loaded = load(source.folder, *args, **kwargs)
+        model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base.requires_grad_(False)  # transformers has put new parameters in place
+        model.provenance = source
+        model.base.generation_config = model.generation_config
+        if (source.folder / "tokenizer_config.json").is_file():
+            checkpoint.adopt_tokenizer(model, AutoTokenizer.from_pretrained(source.folder))
+        return loaded
 
 
-def _named(
-    logits_to_keep: int | Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None
-) -> int | Tensor:
-    """The last n positions by their numbers; a tensor, and 0 for all, stay as they are.
+def check_encoder(encoder: QueryEncoder | None, name: str, expected: int) -> None:
+    """Refuse an encoder whose vectors the memory cannot read.
 
-    A slice of the last positions is not contiguous, and on CPUs torch then copies the output
-    matrix once for each sequence of the batch: gigabytes.
+    Raises:
+        ArtifactError: they are of another width.
     """
-    given = input_ids if input_ids is not None else inputs_embeds
-    if isinstance(logits_to_keep, Tensor) or logits_to_keep == 0 or given is None:
-        return logits_to_keep
-    length = given.shape[1]
-    return torch.arange(max(0, length - logits_to_keep), length, device=given.device)
+    if (found := encoder.size if encoder else 0) != expected:
+        raise ArtifactError(
+            f"query encoder {name!r} gives vectors of width {found}, the memory was trained with "
+            f"width {expected}; load the encoder it was trained with, or train again"
+        )
 
 
 def attach_memory(
@@ -228,15 +262,11 @@ def attach_memory(
             f"the memory reads hidden states of width {settings.memory.hidden_size}, the base "
             f"model has {backbone.hidden_size}; train a memory for this base"
         )
-    config = MLPMemConfig(
-        base_config=backbone.model.config,
-        layer=settings.layer,
-        memory_lambda=settings.memory_lambda,
-        memory_temperature=settings.memory_temperature,
-        gate=asdict(settings.gate) if settings.gate else None,
-    )
+    config = MLPMemConfig(base_config=backbone.model.config, **asdict(settings))
+    config.layer = resolve_layer(settings.layer, backbone.num_layers)
     memory = memory.to(device=backbone.device, dtype=backbone.model.dtype)
-    model = MLPMemForCausalLM(config, backbone.model, memory, backbone.mlp)
+    model = MLPMemForCausalLM(config, backbone.model, memory)
+    model.tokenizer = backbone.tokenizer
     torch.nn.Module.eval(model)
     return model
 
@@ -248,7 +278,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[MLPMemForCausalLM, Backbone, MemorySettings]:
-    """Load a memory and its base model from a folder written by training.
+    """Load a memory and its base model from a folder written by training or `save_pretrained`.
 
     Args:
         folder: the memory.
@@ -261,18 +291,123 @@ def load_model(
         ArtifactError: the folder is missing, damaged, or belongs to another base model.
         BaseModelError: the base model cannot be loaded.
     """
-    folder = Path(folder)
-    manifest = load_manifest(folder)
-    verify_files(folder, manifest)
-    settings = load_settings(folder)
-    memory = load_memory(folder, settings.memory)
+    source = checkpoint.open_folder(Path(folder))
+    settings = load_settings(source.folder)
+    if not source.merged:
+        model = _on_its_base(source, settings, base_model, device, dtype)
+        return model, model.backbone, settings
+    if base_model is not None:
+        raise _base_inside(source)
+    place = resolve_device(device)
+    model = MLPMemForCausalLM.from_pretrained(source.folder, dtype=resolve_dtype(dtype, place))
+    torch.nn.Module.to(model, place)
+    return model, model.backbone, replace(settings, encoder=model.encoder_source)
+
+
+def _on_its_base(
+    source: Provenance,
+    settings: MemorySettings,
+    base_model: str | None,
+    device: str,
+    dtype: str,
+) -> MLPMemForCausalLM:
+    memory = load_memory(source.folder, settings.memory)
     backbone = load_backbone(
         base_model or settings.base.name,
         revision=None if base_model else settings.base.revision,
         device=device,
         dtype=dtype,
     )
-    check_base(settings, backbone.reference)  # before the layer, which another base may not have
-    layer = resolve_layer(settings.layer, backbone.num_layers)
-    backbone = replace(backbone, layer=layer)
-    return attach_memory(backbone, memory, settings), backbone, settings
+    model = attach_memory(backbone, memory, settings)
+    model.provenance = source
+    return model
+
+
+def _load_beside(source: Provenance, options: dict[str, Any]) -> Any:  # noqa: ANN401
+    """`from_pretrained` of a memory whose base model is elsewhere."""
+    given = options.pop("config", None)
+    for name in IGNORED:
+        options.pop(name, None)
+    base_model = options.pop("base_model", None)
+    attention = options.pop("attn_implementation", None)
+    generation_config = options.pop("generation_config", None)
+    with_info = options.pop("output_loading_info", False)
+    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
+    device = one_device(options.pop("device_map", None))
+    config, options = (
+        (given, options)
+        if isinstance(given, MLPMemConfig)
+        else MLPMemConfig.from_pretrained(source.folder, return_unused_kwargs=True, **options)
+    )
+    refuse_options(options)
+    settings = replace(
+        load_settings(source.folder),
+        memory_lambda=check_lambda(config.memory_lambda),
+        memory_temperature=config.memory_temperature,
+    )
+    dtype = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
+    model = _on_its_base(source, settings, base_model, device, dtype)
+    if attention is not None:
+        model.base.set_attn_implementation(attention)
+    if generation_config is not None:
+        model.generation_config = model.base.generation_config = generation_config
+    nothing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
+    return (model, {**nothing, "mismatched_keys": [], "error_msgs": []}) if with_info else model
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Say which options of `from_pretrained` cannot be followed.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if options:
+        raise ConfigError(
+            f"{', '.join(sorted(options))}: not for a memory whose base model is elsewhere; load "
+            "it without, or save it with merge_base=True and load that"
+        )
+
+
+def one_device(device_map: object) -> str:
+    """The device that a `device_map` names.
+
+    Raises:
+        ConfigError: it spreads the model over several.
+    """
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    place = places[0] if len(set(map(str, places))) == 1 else None
+    if (place is None and device_map is not None) or str(place) in ("balanced", "sequential"):
+        raise ConfigError(
+            f"device_map = {device_map}: base model and memory stay together; give one device, or "
+            "save the memory with merge_base=True and load that"
+        )
+    if place is None:
+        return "cpu"
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
+
+
+def _base_inside(source: Provenance) -> ConfigError:
+    return ConfigError(f"{source.folder} holds its own base model; leave out base_model")
+
+
+def _new_base(config: MLPMemConfig) -> PreTrainedModel:
+    """An untrained base model, to be filled from a checkpoint."""
+    if config.base_config is None:
+        raise ConfigError(
+            "this configuration names a base model but does not describe it; load the memory with "
+            "from_pretrained, or put it on a loaded base model with attach_memory"
+        )
+    base: PreTrainedModel = AutoModelForCausalLM.from_config(config.base_config)
+    return base
+
+
+def keep_weights(module: torch.nn.Module) -> None:
+    """Tell transformers that these weights are there already: it fills in missing ones at random.
+
+    It does so module by module, and only where this mark is not set.
+    """
+    for part in module.modules():
+        part._is_hf_initialized = True  # type: ignore[assignment]
+
+
+AutoModelForCausalLM.register(MLPMemConfig, MLPMemForCausalLM, exist_ok=True)

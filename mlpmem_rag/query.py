@@ -6,18 +6,21 @@ A hidden state alone does not tell a memory which question is being asked; the v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sentence_transformers import SentenceTransformer
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.datastore import length_buckets, pad
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.windows import Window
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 POOLED = "pooled"
 NONE = "none"
@@ -55,6 +58,10 @@ class SentenceEncoder:
             list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
         )
         return np.asarray(vectors, dtype=np.float32).reshape(-1, self.size)
+
+    def save(self, folder: Path) -> None:
+        """Write the model, as safetensors and JSON, where `load_encoder` can take it from."""
+        self._model.save_pretrained(str(folder), create_model_card=False)
 
 
 class PooledEncoder:
@@ -98,6 +105,8 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
     if name == POOLED:
         return PooledEncoder(backbone)
     path = str(embedded_model_path(name) or name)
+    from sentence_transformers import SentenceTransformer  # seconds, and not every memory needs it
+
     try:
         model = SentenceTransformer(
             path, device=str(backbone.device), trust_remote_code=False, local_files_only=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 96}
 _SIZES: dict[str, Any] = {
@@ -158,5 +162,41 @@ def datastore_of() -> Callable[..., Datastore]:
         none = np.zeros(len(stored), dtype=np.int32)
         tokens = none if next_tokens is None else np.asarray(next_tokens, dtype=np.int32)
         return Datastore((stored,), tokens, none, np.arange(len(stored), dtype=np.int32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def memory_on() -> Callable[..., MLPMemForCausalLM]:
+    """Puts a random memory on a base model."""
+
+    def make(
+        backbone: Backbone,
+        *,
+        seed: int = 0,
+        query_size: int = 0,
+        vocab_size: int = 90,
+        lambda_: float = 0.4,
+        **settings: Any,  # noqa: ANN401
+    ) -> MLPMemForCausalLM:
+        config = MemoryConfig(
+            backbone.hidden_size,
+            24,
+            2,
+            "silu",
+            gated=True,
+            vocab_size=vocab_size,
+            query_size=query_size,
+            hidden_scale=2.0,
+        )
+        memory = Memory(config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in memory.parameters():
+            mean = float(parameter.ndim == 1)
+            torch.nn.init.normal_(parameter, mean=mean, std=0.2, generator=generator)
+        order = torch.randperm(290, generator=generator)[:vocab_size] + 5
+        memory.corpus_tokens = order.sort().values
+        found = MemorySettings(backbone.reference, backbone.layer, config, lambda_, 1.3)
+        return attach_memory(backbone, memory, replace(found, **settings))
 
     return make

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from mlpmem_rag.gate import NUM_FEATURES, Gate, constant_weights, fit_gate, gate_features
+from mlpmem_rag.gate import NUM_FEATURES, Gate, fit_gate, gate_features
 
 CORPUS_TOKENS = torch.tensor([1, 3, 4])
 
@@ -55,19 +55,6 @@ def test_its_opening_by_hand() -> None:
     for asked, odds in ((True, (-1.25, 0.25)), (False, (-2.0, -3.0))):
         expected = torch.tensor([1 / (1 + math.exp(-o)) for o in odds])
         torch.testing.assert_close(gate.opening(features, asked=asked), expected)
-
-
-@pytest.mark.parametrize("opening", [1e-9, 0.25, 0.9, 1 - 1e-9])
-def test_constant_weights_open_it_alike_everywhere(opening: float) -> None:
-    gate = Gate(asked=constant_weights(opening), plain=(0.0, 0.5, 0.0, 0.0, 0.0, -3.0))
-    assert gate.constant(asked=True) == pytest.approx(opening, rel=1e-6)
-    assert gate.constant(asked=False) is None
-
-
-@pytest.mark.parametrize(("odds", "expected"), [(1e4, 1.0), (-1e4, 0.0)])
-def test_any_constant_is_a_probability(odds: float, expected: float) -> None:
-    weights = (*[0.0] * NUM_FEATURES, odds)
-    assert Gate(weights, weights).constant(asked=True) == expected
 
 
 @pytest.mark.parametrize("count", [0, NUM_FEATURES, NUM_FEATURES + 2])

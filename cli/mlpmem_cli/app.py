@@ -15,7 +15,9 @@ import typer
 
 from mlpmem_cli.ask import ask
 from mlpmem_cli.chat import chat
+from mlpmem_cli.convert import convert
 from mlpmem_cli.inspect import inspect
+from mlpmem_cli.lm_eval import lm_eval
 from mlpmem_cli.plan import plan
 from mlpmem_cli.questions import questions
 from mlpmem_cli.train import train
@@ -36,6 +38,10 @@ app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
 app.command()(questions)
+app.command()(convert)
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    lm_eval
+)
 
 DEBUG_VARIABLE = "MLPMEM_DEBUG"
 

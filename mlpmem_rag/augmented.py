@@ -1,0 +1,309 @@
+"""What every base model with memories beside it shares: forward, generation, the query vector.
+
+Knows how the base model runs and where the request comes from; what the memories are, and how
+their distributions are mixed with the base's, is up to the children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.generic import can_return_tuple
+
+from mlpmem_rag.asked import Marks, asked_question, question_marks
+from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.mixing import check_lambda
+from mlpmem_rag.query_cache import cached_query, keep_query
+from mlpmem_rag.tap import Tap, tap_on
+
+MINE = ("memory_lambda", "query_vector")
+"""What `generate` hands to every forward pass and the base model does not know."""
+
+
+class AugmentedLM(PreTrainedModel, GenerationMixin):
+    """A base language model whose next-token distribution is mixed with that of memories."""
+
+    base: Any
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # The base model decides how it attends; these only let the question through to it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, base: PreTrainedModel) -> None:
+        super().__init__(config)
+        self.base = base
+        self.generation_config = base.generation_config
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._taps: dict[int, Tap] = {}
+        self._marks: Marks | None = None
+        self._encoded: tuple[tuple[str, ...], Tensor] | None = None
+
+    # What a child adds.
+
+    @property
+    def query_size(self) -> int:
+        """Q, width of the query vectors; 0 where no memory reads one."""
+        raise NotImplementedError
+
+    def encode_queries(self, texts: Sequence[str]) -> Tensor:
+        """Query vectors of texts. *Shape:* B texts -> (B, Q)."""
+        raise NotImplementedError
+
+    def mixed(
+        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+    ) -> Tensor:
+        """Log-probabilities of base model and memories together.
+
+        Args:
+            logits: the base model's. *Shape:* (B, T, W).
+            states: of each tapped layer. *Shape:* (B, T, D).
+            query: what is asked; a row of zeros where nothing is. *Shape:* (B, Q).
+            lambda_: mixing weight, above 0.
+        """
+        raise NotImplementedError
+
+    # The mixing weight.
+
+    @property
+    def memory_lambda(self) -> float:
+        """Mixing weight: 0 is the base model alone, 1 the memory alone where its gate is open."""
+        return float(self.config.memory_lambda)
+
+    @memory_lambda.setter
+    def memory_lambda(self, value: float) -> None:
+        self.config.memory_lambda = check_lambda(value)
+
+    # Running.
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        memory_lambda: float | None = None,
+        query_vector: Tensor | None = None,
+        query_text: str | Sequence[str] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> CausalLMOutputWithPast:
+        """Log-probabilities of the mixture as `logits` (the base's own logits at lambda 0).
+
+        What is asked is looked for in this order: `query_vector` or `query_text`; what an earlier
+        pass left in the cache; at prefill, the last user message in the ids. Found nowhere, no
+        request is known.
+
+        Args:
+            input_ids: *Shape:* (B, T).
+            attention_mask: as the base takes it.
+            position_ids: as the base takes it.
+            past_key_values: the base's cache; the query vectors travel in it.
+            inputs_embeds: instead of ids. *Shape:* (B, T, D).
+            labels: token ids to predict, -100 where none; gives a loss. *Shape:* (B, T).
+            use_cache: whether to return a cache.
+            logits_to_keep: as in transformers; the memory, too, runs on these positions only.
+            memory_lambda: mixing weight of this call instead of the model's.
+            query_vector: what is asked, as the memory's encoder sees it; a row of zeros where
+                nothing is. *Shape:* (B, Q).
+            query_text: what is asked, in words; one text for all rows or one for each.
+            **kwargs: everything else the base model takes, and what the loss takes.
+
+        Raises:
+            ConfigError: lambda outside 0..1, or query vectors of another number or width.
+        """
+        lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        query_vector = self._given_query(query_vector, query_text, len(given))
+        if query_vector is None and self.query_size:
+            query_vector = self._known_query(input_ids, past_key_values)
+        query = self._checked(query_vector, len(given))
+        loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
+        taps = self._taps if lambda_ > 0 else {}
+        if taps:
+            logits_to_keep = _named(logits_to_keep, given)
+        for tap in taps.values():
+            tap.listen()
+        output = self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        logits = output.logits
+        if taps:
+            states = {
+                layer: _kept(tap.take(), len(logits), logits_to_keep) for layer, tap in taps.items()
+            }
+            logits = self.mixed(logits, states, query, lambda_)
+        if query is not None:
+            keep_query(output.past_key_values, query)
+        loss = None
+        if labels is not None:
+            vocabulary = logits.shape[-1]
+            loss = self.loss_function(logits, labels, vocab_size=vocabulary, **loss_kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,  # noqa: ANN401
+        query_text: str | Sequence[str] | None = None,
+        query_vector: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """As in transformers, and what is asked; without it, the last user message in the ids.
+
+        Args:
+            inputs: token ids. *Shape:* (B, T).
+            *args: as in transformers.
+            query_text: what is asked, in words; one text for all rows or one for each.
+            query_vector: what is asked, as the memory's encoder sees it. *Shape:* (B, Q).
+            **kwargs: as in transformers, and `memory_lambda`.
+
+        Raises:
+            ConfigError: lambda outside 0..1, or query vectors of another number or width.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        # Once for all steps, and as a tensor, which transformers repeats for beams and samples.
+        query_vector = self._given_query(query_vector, query_text, 1 if ids is None else len(ids))
+        if query_vector is None and self.query_size and ids is not None:
+            query_vector = self.queries_in(ids)
+        parent: Any = super()  # annotated for other classes
+        return parent.generate(inputs, *args, query_vector=query_vector, **kwargs)
+
+    def queries_in(self, token_ids: Tensor) -> Tensor | None:
+        """Vectors of the questions that prompts ask; None where none does. *Shape:* (B, T)."""
+        if self.tokenizer is None or torch.compiler.is_compiling():
+            return None
+        if self._marks is None:
+            self._marks = question_marks(self.tokenizer)
+            if self._marks is None:
+                return None
+        found = [asked_question(self.tokenizer, self._marks, row) for row in token_ids.tolist()]
+        texts = tuple(dict.fromkeys(text for text in found if text is not None))
+        if not texts:
+            return None
+        if self._encoded is None or self._encoded[0] != texts:  # without a cache, every step asks
+            self._encoded = (texts, self.encode_queries(texts))
+        vectors = self._encoded[1]
+        rows = [
+            torch.zeros_like(vectors[0]) if t is None else vectors[texts.index(t)] for t in found
+        ]
+        return torch.stack(rows)
+
+    def _given_query(
+        self, vector: Tensor | None, text: str | Sequence[str] | None, batch: int
+    ) -> Tensor | None:
+        if text is None or not self.query_size:
+            return vector
+        if vector is not None:
+            raise ConfigError("query_vector and query_text were both given; give one of them")
+        return self.encode_queries([text] * batch if isinstance(text, str) else text)
+
+    def _known_query(self, input_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
+        vectors = cached_query(cache)
+        if vectors is not None or input_ids is None or torch.compiler.is_compiling():
+            return vectors
+        prefill = cache is None or int(cache.get_seq_length()) == 0
+        return self.queries_in(input_ids) if prefill else None
+
+    def _checked(self, query_vector: Tensor | None, batch: int) -> Tensor | None:
+        """The vectors, of the right shape and on the right device. *Shape:* (B, Q)."""
+        width = self.query_size
+        if query_vector is None or width == 0:
+            return None
+        if query_vector.shape != (batch, width):
+            raise ConfigError(
+                f"query_vector has shape {tuple(query_vector.shape)}; this memory takes "
+                f"{(batch, width)}, one vector for each sequence"
+            )
+        return query_vector.to(self.device)
+
+    # What transformers asks of a model that generates.
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,  # noqa: ANN401
+        inputs_embeds: Tensor | None = None,  # by name: `generate` looks whether it is there
+        **kwargs: Any,  # noqa: ANN401
+    ) -> dict[str, Any]:
+        """The base's, since every architecture has its own needs."""
+        mine = {name: kwargs.pop(name, None) for name in MINE}
+        inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return {**inputs, **mine}
+
+    def _get_candidate_generator(self, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """An assistant without a memory is not told what is asked."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, AugmentedLM):
+            model_kwargs = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in MINE}
+        parent: Any = super()  # annotated for other classes
+        return parent._get_candidate_generator(**kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        embeddings: nn.Module = self.base.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The base's."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        embeddings: nn.Module = self.base.get_output_embeddings()
+        return embeddings
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """The base's."""
+        self.base.set_output_embeddings(value)
+
+    def _tap_layers(self, *layers: int) -> None:
+        """Read the hidden states of these decoder layers from now on."""
+        stack, width = decoder_layers(self.base), int(text_config(self.base).hidden_size)
+        self._taps = {layer: tap_on(mlp_sublayer(stack[layer], width)) for layer in layers}
+
+
+def _named(logits_to_keep: int | Tensor, given: Tensor) -> int | Tensor:
+    """The last n positions by their numbers; a tensor, and 0 for all, stay as they are.
+
+    A slice of the last positions is not contiguous, and on CPUs torch then copies the output
+    matrix once for each sequence of the batch: gigabytes.
+    """
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep == 0:
+        return logits_to_keep
+    length = given.shape[1]
+    return torch.arange(max(0, length - logits_to_keep), length, device=given.device)
+
+
+def _kept(state: Tensor, batch: int, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions whose logits are asked for. *Shape:* (B, T, D) or (B*T, D) -> (B, T', D)."""
+    kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(None)
+    return state.reshape(batch, -1, state.shape[-1])[:, kept]

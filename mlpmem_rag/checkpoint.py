@@ -1,0 +1,269 @@
+"""A model as a folder, in two forms: the memory alone, or the memory with its base model inside.
+
+Alone, the folder is what training writes (`artifact.py`) and names its base model. With the base
+inside, transformers writes and reads the weights, the tokenizer and the query encoder lie beside
+them, and nothing else is needed. Both have a manifest with the checksum of every file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, snapshot_download
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from mlpmem_rag.artifact import (
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    WORK,
+    Manifest,
+    load_manifest,
+    parse_settings,
+    read_json,
+    save_artifact,
+    sha256,
+    verify_files,
+)
+from mlpmem_rag.backbone import BaseReference, tokenizer_fingerprint, weights_fingerprint
+from mlpmem_rag.configuration import MLPMemConfig
+from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.storage import write_json
+
+if TYPE_CHECKING:
+    from mlpmem_rag.model import MLPMemForCausalLM
+
+ENCODER = "encoder"
+STAGED = ".saving"
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", CARD)
+"""What is fetched from a hub repository: no code, nothing pickled."""
+HUB_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The folder that a model came from.
+
+    Attributes:
+        folder: where it was read.
+        manifest: how the memory came about.
+        card: text of the model card.
+        merged: whether the base model is inside.
+    """
+
+    folder: Path
+    manifest: Manifest
+    card: str
+    merged: bool
+
+    @property
+    def encoder_folder(self) -> Path | None:
+        """Where the query encoder lies; None: it goes by its name."""
+        folder = self.folder / ENCODER
+        return folder if self.merged and folder.is_dir() else None
+
+
+def open_folder(folder: Path) -> Provenance:
+    """Check a local folder against its manifest.
+
+    Raises:
+        ArtifactError: no memory, or a file is missing or changed; both checksums are named.
+    """
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest)
+    merged = read_json(folder, CONFIG).get("base_config") is not None
+    return Provenance(folder, manifest, (folder / CARD).read_text(encoding="utf-8"), merged)
+
+
+def fetch(name: str, options: dict[str, Any]) -> Provenance:
+    """Open a local folder, or download a repository and open that.
+
+    Args:
+        name: folder or repository.
+        options: those of transformers' `from_pretrained` that are about downloads are taken out.
+
+    Raises:
+        ArtifactError: neither is there, or its files are not as its manifest says.
+    """
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    hub = {n: v for n in names if (v := options.pop(n, None)) is not None}
+    subfolder = options.pop("subfolder", None) or ""
+    options.pop("proxies", None)
+    if not Path(name).is_dir():
+        try:
+            name = snapshot_download(
+                name, allow_patterns=[f"{subfolder}*{f}" for f in FILES], **hub
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ArtifactError(
+                f"{name} is neither a folder nor a repository that can be fetched ({reason}); "
+                "give a folder written by mlpmem-rag train"
+            ) from error
+    return open_folder(Path(name) / subfolder)
+
+
+def reference_of(
+    config: MLPMemConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> BaseReference:
+    """What identifies the base model: as the configuration says, or taken from it."""
+    if config.base is not None:
+        return BaseReference(**config.base)
+    return BaseReference(
+        name=str(base.config.name_or_path),
+        revision=None,
+        weights=weights_fingerprint(base),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        vocab_size=base.get_output_embeddings().weight.shape[0],
+    )
+
+
+def save_memory(model: MLPMemForCausalLM, folder: Path) -> None:
+    """Write the memory alone, in the form that training does.
+
+    Raises:
+        ConfigError: the base model is not known by name.
+    """
+    config = model.config
+    if config.base is None:
+        raise ConfigError(
+            "merge_base=False, but the base model of this memory has no name to load it by; "
+            "save it with merge_base=True"
+        )
+    settings = parse_settings(config.to_dict())
+    manifest, card = _origin(model)
+    earlier = _listed(folder)
+    save_artifact(folder, settings, model.memory, manifest, card)
+    _remove(folder, earlier - _listed(folder))
+    with contextlib.suppress(OSError):  # not empty: a training's own
+        (folder / WORK).rmdir()
+
+
+def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], None]) -> None:
+    """Write all that answering needs; an earlier memory there is replaced, manifest last.
+
+    Args:
+        model: what is saved.
+        folder: where to.
+        write: writes configuration and weights as transformers does.
+    """
+    staged = folder / STAGED
+    earlier = _listed(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        write(staged)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(staged)
+        if (encoder := _saved_encoder(model)) is not None:
+            encoder(staged / ENCODER)
+        manifest, card = _origin(model)
+        (staged / CARD).write_text(card, encoding="utf-8")
+        names = sorted(p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file())
+        files = {
+            name: {"sha256": sha256(staged / name), "bytes": (staged / name).stat().st_size}
+            for name in names
+        }
+        write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
+        for name in (*names, MANIFEST):  # everything is on the disk: only renames are left
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).replace(folder / name)
+        _remove(folder, earlier - set(files))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of the memory that is in a folder, if there is one."""
+    try:
+        return set(load_manifest(folder).files)
+    except ArtifactError:
+        return set()
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Take away files of an earlier memory that the new one does not have."""
+    for name in names:
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
+
+
+def _saved_encoder(model: MLPMemForCausalLM) -> Callable[[Path], None] | None:
+    """Writes the sentence encoder; None: there is none, or it is the base model itself."""
+    if not model.query_size or model.tokenizer is None:
+        return None
+    save = getattr(model.query_encoder, "save", None)
+    return save if callable(save) else None
+
+
+def adopt_tokenizer(model: MLPMemForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model the tokenizer that lay beside it.
+
+    Raises:
+        ArtifactError: the memory was trained with another one; both fingerprints are named.
+    """
+    if model.config.base is not None:
+        expected, found = model.config.base["tokenizer"], tokenizer_fingerprint(tokenizer)
+        if expected != found:
+            raise ArtifactError(
+                f"this memory was trained with another tokenizer (fingerprint {expected[:16]}) "
+                f"than the one in its folder ({found[:16]}); save or copy the folder anew"
+            )
+    model.tokenizer = tokenizer
+
+
+def _origin(model: MLPMemForCausalLM) -> tuple[Manifest, str]:
+    """Manifest, without files, and card: as they were read, or the little that is known."""
+    if model.provenance is not None:
+        return replace(model.provenance.manifest, files={}), model.provenance.card
+    name = (model.config.base or {}).get("name") or "a base model that is inside"
+    libraries = ("torch", "transformers")
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        run="",
+        corpus={},
+        training={},
+        figures={},
+        versions={library: version(library) for library in libraries},
+    )
+    return manifest, f"# MLP Memory\n\nA memory for {name}, saved without its training's report.\n"
+
+
+def upload(folder: Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:  # noqa: ANN401
+    """Send a folder to the hub; the address of the commit."""
+    token = options.pop("token", None)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    allowed = [*FILES, f"{ENCODER}/*"]
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=allowed, ignore_patterns=[f"{WORK}/*"],
+        **options,
+    )  # fmt: skip
+    return str(commit)
+
+
+def save_and_upload(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:  # noqa: ANN401
+    """Save to a folder of its own and send that to the hub; the address of the commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return upload(Path(folder), repo_id, **options)
