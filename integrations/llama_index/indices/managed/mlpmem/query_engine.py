@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Callable
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -17,6 +17,7 @@ from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import QueryBundle
+from llama_index.core.types import TokenAsyncGen, TokenGen
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index.indices.managed.mlpmem.attribution import (
@@ -86,7 +87,9 @@ class MemoryQueryEngine(RetrieverQueryEngine):
         ) as event:
             response = self._response_synthesizer.synthesize(query=query_bundle, nodes=[])
             if isinstance(response, StreamingResponse):
-                response.response_gen = self._finishing(query_bundle, response)
+                response.response_gen = self._finishing(
+                    query_bundle, response, response.response_gen
+                )
             else:
                 self._finish(query_bundle, response, str(response))
             event.on_end(payload={EventPayload.RESPONSE: response})
@@ -99,7 +102,9 @@ class MemoryQueryEngine(RetrieverQueryEngine):
         ) as event:
             response = await self._response_synthesizer.asynthesize(query=query_bundle, nodes=[])
             if isinstance(response, AsyncStreamingResponse):
-                response.response_gen = self._afinishing(query_bundle, response)
+                response.response_gen = self._afinishing(
+                    query_bundle, response, response.response_gen
+                )
             else:
                 await self._afinish(query_bundle, response, str(response))
             event.on_end(payload={EventPayload.RESPONSE: response})
@@ -127,20 +132,20 @@ class MemoryQueryEngine(RetrieverQueryEngine):
         details.update(self._stale(question, answer))
 
     def _finishing(
-        self, query: QueryBundle, response: StreamingResponse
-    ) -> Generator[str, None, None]:
+        self, query: QueryBundle, response: StreamingResponse, tokens: TokenGen
+    ) -> TokenGen:
         text = ""
-        with closing(response.response_gen) as tokens:
+        with closing(tokens):
             for token in tokens:
                 text += token
                 yield token
         self._finish(query, response, text)
 
     async def _afinishing(
-        self, query: QueryBundle, response: AsyncStreamingResponse
-    ) -> AsyncGenerator[str, None]:
+        self, query: QueryBundle, response: AsyncStreamingResponse, tokens: TokenAsyncGen
+    ) -> TokenAsyncGen:
         text = ""
-        async with aclosing(response.response_gen) as tokens:
+        async with aclosing(tokens):
             async for token in tokens:
                 text += token
                 yield token
