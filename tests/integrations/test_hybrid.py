@@ -26,7 +26,11 @@ class Rag(CustomQueryEngine):
         return f"retrieved for {query_str}"
 
 
-def engine(index: MLPMemIndex, threshold: float = 0.3, **kwargs: Any) -> MemoryFirstQueryEngine:
+def engine(
+    index: MLPMemIndex,
+    threshold: float = 0.3,
+    **kwargs: Any,  # noqa: ANN401
+) -> MemoryFirstQueryEngine:
     return MemoryFirstQueryEngine(index.as_query_engine(**kwargs), Rag(), threshold)
 
 
@@ -108,5 +112,5 @@ def test_no_threshold_is_better(rows: list[tuple[float, int, int]]) -> None:
 def test_what_cannot_be_fitted_is_refused(index: MLPMemIndex) -> None:
     with pytest.raises(ConfigError, match="no questions"):
         engine(index).fit_threshold([])
-    with pytest.raises(ConfigError, match="threshold = 1.5"):
+    with pytest.raises(ConfigError, match=r"threshold = 1\.5"):
         engine(index, 1.5)
