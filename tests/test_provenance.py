@@ -73,7 +73,7 @@ def slowly(
     return min(found, key=lambda origin: origin.distance, default=None)
 
 
-def distance(row: np.ndarray, point: list[float] | None, scale: float) -> float:  # type: ignore[type-arg]
+def distance(row: np.ndarray, point: list[float] | None, scale: float) -> float:
     if point is None:
         return 0.0
     return float(sum(((float(r) - p) / scale) ** 2 for r, p in zip(row, point, strict=True)))

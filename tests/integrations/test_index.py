@@ -97,7 +97,8 @@ def test_files_and_nodes_train_alike(
     )
     nodes = splitter.get_nodes_from_documents(read)
     assert len(nodes) > len(read)
-    assert sorted(n.text for n in index.docstore.docs.values()) == sorted(n.text for n in nodes)
+    stored = [node.get_content() for node in index.docstore.docs.values()]
+    assert sorted(stored) == sorted(node.get_content() for node in nodes)
     assert set(index.ref_doc_info) == {document.doc_id for document in read}
     from_nodes = MLPMemIndex(nodes, out=tmp_path / "b", **training)
     assert set(from_nodes.ref_doc_info) == set(index.ref_doc_info)
@@ -267,7 +268,7 @@ def test_sources_tell_what_taught_each_token(index: MLPMemIndex) -> None:
     assert source.node.get_content(metadata_mode=MetadataMode.LLM) == source.node.get_content(
         metadata_mode=MetadataMode.NONE
     )
-    assert LABEL not in index.docstore.get_document(source.node.node_id).metadata
+    assert LABEL not in index.docstore.get_node(source.node.node_id).metadata
 
 
 def test_without_the_rows_sources_are_similar_nodes_and_say_so(index: MLPMemIndex) -> None:

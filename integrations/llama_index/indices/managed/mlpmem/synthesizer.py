@@ -127,8 +127,9 @@ class MemorySynthesizer(Generation):
 
     @property
     def _template(self) -> PromptTemplate:
+        # A copy: programs set their output parser on what they are given, here a shared default.
         assert isinstance(self._input_prompt, PromptTemplate)
-        return self._input_prompt
+        return self._input_prompt.model_copy()
 
     def _messages(self, text: str, kwargs: dict[str, Any]) -> list[ChatMessage]:
         if not text.strip():
