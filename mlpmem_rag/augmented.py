@@ -127,7 +127,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         query_vector = self._given_query(query_vector, query_text, len(given))
-        if query_vector is None and self.query_size:
+        if query_vector is None and self.query_size and lambda_ > 0:
             query_vector = self._known_query(input_ids, past_key_values)
         query = self._checked(query_vector, len(given))
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
@@ -189,7 +189,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         # Once for all steps, and as a tensor, which transformers repeats for beams and samples.
         query_vector = self._given_query(query_vector, query_text, 1 if ids is None else len(ids))
-        if query_vector is None and self.query_size and ids is not None:
+        lambda_ = kwargs.get("memory_lambda")
+        mixes = (self.memory_lambda if lambda_ is None else lambda_) > 0
+        if query_vector is None and self.query_size and ids is not None and mixes:
             query_vector = self.queries_in(ids)
         parent: Any = super()  # annotated for other classes
         return parent.generate(inputs, *args, query_vector=query_vector, **kwargs)
