@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
-from mlpmem_rag.prompts import Message, prompt_ids
+from mlpmem_rag.pieces import TextPieces
+from mlpmem_rag.prompts import (
+    STOP_STRING,
+    Message,
+    asked_text,
+    chats,
+    check_asked,
+    prompt_ids,
+    text_ids,
+)
 from mlpmem_rag.query import QueryEncoder, load_encoder
 from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
+from mlpmem_rag.turns import Turns
 
 NOT_KNOWN = "not in my documents"
 
@@ -43,6 +54,9 @@ class Answer:
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, the end-of-text token included.
         confidence: probability that the answer is right; None: this memory cannot tell.
+        cut_tokens: tokens of the prompt's beginning that had no room in the context window.
+        ended: whether the text came to its end, rather than to `max_new_tokens`.
+        lambda_: mixing weight that was in use.
     """
 
     text: str
@@ -51,36 +65,47 @@ class Answer:
     prompt_tokens: int
     new_tokens: int
     confidence: float | None = None
+    cut_tokens: int = 0
+    ended: bool = False
+    lambda_: float = 0.0
 
 
 class AnswerStream:
-    """Iterates over pieces of text; `answer` is there when the iteration has ended."""
+    """Pieces of text, from `for` or `async for`; `answer` is whole when the loop has ended.
 
-    def __init__(
-        self,
-        pieces: Generator[str, None, None],
-        clock: _Clock,
-        confidence: Callable[[int], float | None],
-    ) -> None:
-        self._pieces = pieces
-        self._clock = clock
-        self._confidence = confidence
+    The work begins with the loop, and ends when the loop is left.
+    """
+
+    def __init__(self, generation: _Generation, turns: Turns) -> None:
+        self._generation = generation
+        self._turns = turns
         self._text: list[str] = []
+        self._begun = False
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         """Yield pieces as they are generated."""
-        try:
-            for piece in self._pieces:
-                self._text.append(piece)
-                yield piece
-        finally:
-            self._pieces.close()  # a consumer that leaves the loop ends the generation
+        if self._first_time():
+            with closing(self._turns.pieces(self._generation.run)) as pieces:
+                for piece in pieces:
+                    self._text.append(piece)
+                    yield piece
+
+    async def __aiter__(self) -> AsyncGenerator[str, None]:
+        """Yield pieces as they are generated, and leave the event loop free meanwhile."""
+        if self._first_time():
+            async with aclosing(self._turns.apieces(self._generation.run)) as pieces:
+                async for piece in pieces:
+                    self._text.append(piece)
+                    yield piece
 
     @property
     def answer(self) -> Answer:
         """All that was yielded so far, with its figures."""
-        answer = self._clock.answer("".join(self._text).strip())
-        return replace(answer, confidence=self._confidence(answer.new_tokens))
+        return self._generation.answer("".join(self._text))
+
+    def _first_time(self) -> bool:
+        first, self._begun = not self._begun, True
+        return first
 
 
 class MemoryModel:
@@ -97,6 +122,8 @@ class MemoryModel:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.confidence = confidence
+        self.folder: Path | None = None
+        self._turns = Turns()
 
     @classmethod
     def load(
@@ -123,7 +150,28 @@ class MemoryModel:
                 f"in {folder} was trained with width {expected}; load the encoder it was trained "
                 "with, or train again"
             )
-        return cls(model, backbone.tokenizer, encoder, settings.confidence)
+        memory = cls(model, backbone.tokenizer, encoder, settings.confidence)
+        memory.folder = Path(folder)
+        return memory
+
+    @property
+    def context_window(self) -> int:
+        """Tokens that a prompt and what is generated after it may have together."""
+        return context_window(self.model.base)
+
+    def room_for_prompt(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have.
+
+        Raises:
+            ConfigError: none.
+        """
+        room = self.context_window - max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"max_new_tokens = {max_new_tokens}: the base model's context window has "
+                f"{self.context_window} tokens; allowed are fewer"
+            )
+        return room
 
     def answer(
         self,
@@ -168,27 +216,77 @@ class MemoryModel:
         lambda_: float | None = None,
     ) -> AnswerStream:
         """Like `answer`, piece by piece. Leaving the loop early stops the generation."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens = {max_new_tokens}: allowed is 1 or more")
-        if lambda_ is not None:
-            check_lambda(lambda_)
         messages = (
             [{"role": "user", "content": question}] if isinstance(question, str) else question
         )
-        clock = _Clock()
-        prompt = prompt_ids(self.tokenizer, messages)
-        token_ids = self._fit(prompt, max_new_tokens)
-        clock.prompt_tokens = token_ids.shape[1]
-        recorder = Recorder()
-        query = self._query_vector(messages)
-        pieces = self._generate(token_ids, query, max_new_tokens, lambda_, clock, recorder)
+        return self.reply(messages, Decoding(max_new_tokens=max_new_tokens, lambda_=lambda_))
 
-        def confidence(new_tokens: int) -> float | None:
-            if self.confidence is None:
-                return None
-            return self.confidence.of(recorder.trace(0, new_tokens))
+    def reply(
+        self, messages: Sequence[Message], decoding: Decoding, *, asked: str | None = None
+    ) -> AnswerStream:
+        """Continue a conversation.
 
-        return AnswerStream(pieces, clock, confidence)
+        Args:
+            messages: the conversation, in the base model's chat template where it has one.
+            decoding: how.
+            asked: what the memory is asked, as a text; None: the user's last message.
+
+        Raises:
+            ConfigError: the last message is empty, or no room is left for a prompt.
+        """
+        check_asked(messages)
+        if not chats(self.tokenizer):
+            decoding = replace(decoding, stop=(*decoding.stop, STOP_STRING))
+        return self._start(
+            lambda: prompt_ids(self.tokenizer, messages),
+            asked_text(messages) if asked is None else asked,
+            decoding,
+            strip=True,
+            question=True,
+        )
+
+    def continue_text(
+        self,
+        text: str,
+        decoding: Decoding,
+        *,
+        asked: str | None = None,
+        strip: bool = False,
+    ) -> AnswerStream:
+        """Continue a text as it stands, without a template.
+
+        Args:
+            text: what the model reads.
+            decoding: how.
+            asked: what the memory is asked, as a text; None: the whole text.
+            strip: leave out white space at both ends of what is generated.
+
+        Raises:
+            ConfigError: the text is empty, or no room is left for it.
+        """
+        check_asked([{"role": "user", "content": text}])
+        return self._start(
+            lambda: text_ids(self.tokenizer, text),
+            text if asked is None else asked,
+            decoding,
+            strip=strip,
+            question=False,
+        )
+
+    def _start(
+        self,
+        prompt: Callable[[], list[int]],
+        asked: str,
+        decoding: Decoding,
+        *,
+        strip: bool,
+        question: bool,
+    ) -> AnswerStream:
+        room = self.room_for_prompt(decoding.max_new_tokens)
+        generation = _Generation(
+            self, prompt, asked, decoding, room=room, strip=strip, question=question
+        )
+        return AnswerStream(generation, self._turns)
 
     @torch.inference_mode()
     def log_probs(self, token_ids: Sequence[int], *, lambda_: float | None = None) -> Tensor:
@@ -217,106 +315,125 @@ class MemoryModel:
             prompt_tokens=remembered.prompt_tokens + len(encoded(self.tokenizer, prompts[0])),
         )
 
-    def _query_vector(self, messages: Sequence[Message]) -> Tensor | None:
-        """What is being asked: the user's last message. *Shape:* (1, Q)."""
-        if self.encoder is None:
-            return None
-        return torch.from_numpy(self.encoder.encode([messages[-1]["content"]]))
+    def query_vector(self, asked: str) -> Tensor | None:
+        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""
+        return None if self.encoder is None else torch.from_numpy(self.encoder.encode([asked]))
 
-    def _fit(self, prompt: list[int], max_new_tokens: int) -> Tensor:
-        room = context_window(self.model.base) - max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"max_new_tokens = {max_new_tokens}: the base model's context window has "
-                f"{context_window(self.model.base)} tokens; allowed are fewer"
-            )
-        # The question stands at the end, so what is cut is the oldest part.
-        return torch.tensor([prompt[-room:]], device=self.model.device)
 
-    def _generate(
+class _Generation:
+    """One text that is generated, and what is known of it so far."""
+
+    def __init__(
         self,
-        token_ids: Tensor,
-        query_vector: Tensor | None,
-        max_new_tokens: int,
-        lambda_: float | None,
-        clock: _Clock,
-        recorder: Recorder,
-    ) -> Generator[str, None, None]:
-        streamer = _TimedStreamer(self.tokenizer, clock)
-        cancelled = threading.Event()
-        failure: list[BaseException] = []
-        config = generation_config(self.model, self.tokenizer, max_new_tokens)
-
-        def work() -> None:
-            try:
-                with torch.inference_mode():
-                    model: Any = self.model  # generate() is annotated for other classes
-                    model.generate(
-                        inputs=token_ids,
-                        attention_mask=torch.ones_like(token_ids),
-                        generation_config=config,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
-                        logits_processor=LogitsProcessorList([recorder]),
-                        memory_lambda=lambda_,
-                        query_vector=query_vector,
-                        tokenizer=self.tokenizer,
-                    )
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=work, name="mlpmem-generate", daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            cancelled.set()
-            thread.join()
-        if failure:
-            raise failure[0]
-
-
-class _Clock:
-    """Times one generation."""
-
-    def __init__(self) -> None:
-        self.prompt_tokens = 0
+        memory: MemoryModel,
+        prompt: Callable[[], list[int]],
+        asked: str,
+        decoding: Decoding,
+        *,
+        room: int,
+        strip: bool,
+        question: bool,
+    ) -> None:
+        self._memory = memory
+        self._prompt = prompt
+        self._asked = asked
+        self._decoding = decoding
+        self._room = room
+        self._strip = strip
+        self._question = question
+        self._recorder = Recorder()
         self._started = time.perf_counter()
-        self._tokens: list[float] = []
+        self._prompt_tokens = 0
+        self._cut_tokens = 0
+        self._times: list[float] = []
+        self._ended = False
 
-    def token(self) -> None:
-        self._tokens.append(time.perf_counter() - self._started)
-
-    def answer(self, text: str) -> Answer:
-        return Answer(
-            text=text,
-            seconds=self._tokens[-1] if self._tokens else 0.0,
-            ttft_seconds=self._tokens[0] if self._tokens else 0.0,
-            prompt_tokens=self.prompt_tokens,
-            new_tokens=len(self._tokens),
+    def run(self, give: Callable[[str], None], stop: threading.Event) -> None:
+        """Generate; called once, in the model's own thread."""
+        tokenizer = self._memory.tokenizer
+        prompt = self._prompt()
+        token_ids = prompt[-self._room :]  # a question stands at the end: the oldest part goes
+        self._prompt_tokens = len(token_ids)
+        self._cut_tokens = len(prompt) - len(token_ids)
+        config = self._config()
+        eos = set(config.eos_token_id or ())
+        text = TextPieces(
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            self._decoding.stop,
+            strip=self._strip,
         )
 
+        def take(token: int) -> bool:
+            self._times.append(time.perf_counter() - self._started)
+            give(text.add(token))
+            self._ended = text.stopped or token in eos
+            return text.stopped or stop.is_set()
 
-class _TimedStreamer(TextIteratorStreamer):
-    """Text pieces, with the time of every token (a piece of text may wait for several)."""
+        self._generate(token_ids, config, take)
+        give(text.end())
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: _Clock) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._clock = clock
+    @torch.inference_mode()
+    def _generate(
+        self, token_ids: list[int], config: GenerationConfig, take: Callable[[int], bool]
+    ) -> None:
+        model: Any = self._memory.model  # generate() is annotated for other classes
+        lambda_ = self._decoding.lambda_
+        prompt = torch.tensor([token_ids], device=model.device)
+        model.generate(
+            inputs=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_EachToken(take)]),
+            logits_processor=LogitsProcessorList([self._recorder, *self._decoding.choosers()]),
+            memory_lambda=lambda_,
+            query_vector=None if lambda_ == 0 else self._memory.query_vector(self._asked),
+        )
 
-    def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self._clock.token()
-        super().put(value)
+    def answer(self, text: str) -> Answer:
+        """What was said so far, with its figures."""
+        times, lambda_ = self._times, self._decoding.lambda_
+        return Answer(
+            text=text,
+            seconds=times[-1] if times else 0.0,
+            ttft_seconds=times[0] if times else 0.0,
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=len(times),
+            confidence=self._confidence(len(times)),
+            cut_tokens=self._cut_tokens,
+            ended=self._ended,
+            lambda_=self._memory.model.memory_lambda if lambda_ is None else lambda_,
+        )
+
+    def _confidence(self, new_tokens: int) -> float | None:
+        """Fitted on greedy answers to questions; of other texts it knows nothing."""
+        confidence, decoding = self._memory.confidence, self._decoding
+        if confidence is None or not self._question or decoding.lambda_ == 0:
+            return None
+        if decoding.temperature > 0 or decoding.logits_processors:
+            return None
+        return confidence.of(self._recorder.trace(0, new_tokens))
+
+    def _config(self) -> GenerationConfig:
+        """The model's and the tokenizer's end marks, and stop strings that are one token."""
+        memory, decoding = self._memory, self._decoding
+        config = generation_config(memory.model, memory.tokenizer, decoding.max_new_tokens)
+        config.stop_strings = None  # found in the text, see TextPieces
+        # These are not in the text: decoding leaves special tokens out.
+        special = dict(
+            zip(memory.tokenizer.all_special_tokens, memory.tokenizer.all_special_ids, strict=True)
+        )
+        marks = {special[stop] for stop in decoding.stop if stop in special}
+        if marks:
+            config.eos_token_id = sorted({*(config.eos_token_id or ()), *marks})
+        return config
 
 
-class _Cancelled(StoppingCriteria):
-    """Stops when nobody reads the stream any more."""
+class _EachToken(StoppingCriteria):
+    """Sees every token as soon as it is chosen, and says whether it was the last one."""
 
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+    def __init__(self, take: Callable[[int], bool]) -> None:
+        self._take = take
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ANN401
-        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
+        over = self._take(int(input_ids[0, -1]))
+        return torch.full((len(input_ids),), over, device=input_ids.device)

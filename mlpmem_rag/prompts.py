@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -31,18 +32,59 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     In the model's chat template; without one as `Question: …` and `Answer:` lines.
 
     Raises:
+        ConfigError: there is no message, the last one is empty, or the template refuses them.
+    """
+    check_asked(messages)
+    if chats(tokenizer):
+        try:
+            return _templated(tokenizer, messages)
+        except TemplateError as error:
+            if messages[0]["role"] == "system" and len(messages) > 1:
+                return prompt_ids(tokenizer, _without_system(messages))
+            raise ConfigError(
+                f"the base model's chat template does not take these messages ({error}); its "
+                f"roles were {', '.join(m['role'] for m in messages)}"
+            ) from error
+    lines = [f"{NAMES.get(m['role'], 'Context')}: {m['content'].strip()}" for m in messages]
+    plain: Any = tokenizer("\n".join([*lines, "Answer:"]))
+    return list(plain["input_ids"])
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    encoded: Any = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """For templates that know no such role: its text goes before the next message's."""
+    system, first, *others = messages
+    content = f"{system['content']}\n\n{first['content']}"
+    return [{"role": first["role"], "content": content}, *others]
+
+
+def check_asked(messages: Sequence[Message]) -> None:
+    """Refuse a conversation that asks nothing.
+
+    Raises:
         ConfigError: there is no message, or the last one is empty.
     """
     if not messages or not messages[-1]["content"].strip():
         raise ConfigError("the question is empty; ask something")
-    if chats(tokenizer):
-        encoded: Any = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-    lines = [f"{NAMES.get(m['role'], 'Context')}: {m['content'].strip()}" for m in messages]
-    plain: Any = tokenizer("\n".join([*lines, "Answer:"]))
-    return list(plain["input_ids"])
+
+
+def asked_text(messages: Sequence[Message]) -> str:
+    """What is being asked: the user's last message (the last of all where there is none)."""
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    return users[-1] if users else messages[-1]["content"]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text as it stands, with the mark of its beginning once."""
+    begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    encoded: Any = tokenizer(text, add_special_tokens=not begun)
+    return list(encoded["input_ids"])
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
