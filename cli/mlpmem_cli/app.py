@@ -15,9 +15,11 @@ import typer
 
 from mlpmem_cli.ask import ask
 from mlpmem_cli.chat import chat
+from mlpmem_cli.compare import compare
 from mlpmem_cli.inspect import inspect
 from mlpmem_cli.plan import plan
 from mlpmem_cli.questions import questions
+from mlpmem_cli.report import report
 from mlpmem_cli.train import train
 from mlpmem_rag import __version__
 from mlpmem_rag.errors import MLPMemError
@@ -36,6 +38,8 @@ app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
 app.command()(questions)
+app.command()(compare)
+app.command()(report)
 
 DEBUG_VARIABLE = "MLPMEM_DEBUG"
 

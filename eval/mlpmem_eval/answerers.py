@@ -8,12 +8,15 @@ An arm of one's own is a LlamaIndex query engine in a wrapper:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.base.response.schema import StreamingResponse
+from llama_index.core.llms import LLM
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,58 @@ class QueryEngineAnswerer:
             documents=source_documents(response.source_nodes),
             route=told.get("route"),
         )
+
+
+@dataclass(frozen=True)
+class ChatAnswerer:
+    """An LLM that is asked the bare question, as a user's message.
+
+    Attributes:
+        name: of the arm.
+        llm: answers; a memory's `MLPMemLLM`, say.
+        settings: what decides its answers.
+    """
+
+    name: str
+    llm: LLM
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self, question: str) -> Reply:
+        """Chat, and read the stream."""
+        return _last(self.llm.stream_chat([ChatMessage(role=MessageRole.USER, content=question)]))
+
+
+@dataclass(frozen=True)
+class PromptAnswerer:
+    """An LLM that continues a text in which the question stands; the first line is the answer.
+
+    Attributes:
+        name: of the arm.
+        llm: continues text as it stands.
+        prompt: makes the text of a question.
+        settings: what decides its answers.
+    """
+
+    name: str
+    llm: LLM
+    prompt: Callable[[str], str]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self, question: str) -> Reply:
+        """Complete, and read the stream."""
+        reply = _last(self.llm.stream_complete(self.prompt(question), formatted=True))
+        return replace(reply, text=_first_line(reply.text))
+
+
+def _last(stream: Iterable[Any]) -> Reply:
+    """What a stream of responses ends with."""
+    responses = deque(stream, maxlen=1)
+    if not responses:
+        return Reply("")
+    response = responses[0]
+    raw = response.raw if isinstance(response.raw, dict) else {}
+    text = response.text if hasattr(response, "text") else response.message.content
+    return Reply(str(text or "").strip(), confidence=raw.get("mlpmem", {}).get("confidence"))
 
 
 def source_documents(nodes: Sequence[Any]) -> tuple[str, ...]:
