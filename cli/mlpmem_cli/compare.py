@@ -110,7 +110,8 @@ def show(report: Report, *, as_json: bool) -> None:
     for warning in report.warnings:
         display.stderr().print(warning, style="yellow", markup=False)
     console = display.stdout()
-    console.print(arms_table(report))
+    console.print(accuracy_table(report))
+    console.print(speed_table(report))
     console.print(pairs_table(report))
     for line in (
         *wording.summary(report),
@@ -119,34 +120,41 @@ def show(report: Report, *, as_json: bool) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def arms_table(report: Report) -> Table:
-    """One line an arm."""
-    from rich.table import Table
-
+def accuracy_table(report: Report) -> Table:
+    """How right each arm is."""
     from mlpmem_eval import wording
 
-    table = Table("arm", title="Arms", title_justify="left")
-    for name in (
-        "n",
-        "EM",
-        "F1",
-        "contains",
-        "first token, ms\np50 / p95",
-        "answer, ms\np50 / p95",
-        "tokens\nin / out",
-        "set-up",
-        "disk",
-    ):
-        table.add_column(name, justify="right")
+    table = _table("How right", "arm", "n", "EM (95 %)", "F1 (95 %)", "contains", "similarity")
     for name, arm in report.arms.items():
-        cost = report.cost.arms[name]
         failed = f" ({arm.failed} failed)" if arm.failed else ""
         table.add_row(
             name,
             f"{arm.n}{failed}",
-            wording.decimals(arm.em) + _below(arm.intervals.get("em")),
-            wording.decimals(arm.f1) + _below(arm.intervals.get("f1")),
+            wording.decimals(arm.em) + wording.between(arm.intervals.get("em")),
+            wording.decimals(arm.f1) + wording.between(arm.intervals.get("f1")),
             wording.decimals(arm.contains),
+            wording.decimals(arm.similarity),
+        )
+    return table
+
+
+def speed_table(report: Report) -> Table:
+    """How fast each arm is, and what it costs."""
+    from mlpmem_eval import wording
+
+    table = _table(
+        "How fast (ms, p50 / p95), at what cost",
+        "arm",
+        "first token",
+        "answer",
+        "tokens in / out",
+        "set-up",
+        "disk",
+    )
+    for name, arm in report.arms.items():
+        cost = report.cost.arms[name]
+        table.add_row(
+            name,
             wording.times(arm.ttft_ms),
             wording.times(arm.total_ms),
             f"{wording.whole(arm.prompt_tokens)} / {wording.whole(arm.completion_tokens)}",
@@ -158,25 +166,24 @@ def arms_table(report: Report) -> Table:
 
 def pairs_table(report: Report) -> Table:
     """What differs between any two arms."""
-    from rich.table import Table
-
     from mlpmem_eval import wording
 
-    table = Table("a - b", "metric", title="Pairs", title_justify="left")
-    for name in ("difference", "95 %", "p, corrected", ""):
-        table.add_column(name, justify="right" if name else "left")
+    table = _table("Pairs (differences with *: significant)", "a - b", "EM", "F1", "answer, ms")
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
     for pair in report.pairs:
-        if pair.metric in ("em", "f1", "total_ms"):
-            table.add_row(
-                f"{pair.a} - {pair.b}",
-                pair.metric,
-                wording.signed(pair.difference),
-                f"{wording.signed(pair.interval[0])} to {wording.signed(pair.interval[1])}",
-                wording.significant(pair.p_adjusted),
-                "significant" if pair.significant else "not significant",
-            )
+        star = " *" if pair.significant else ""
+        pairs.setdefault((pair.a, pair.b), {})[pair.metric] = (
+            f"{wording.signed(pair.difference)}{star}"
+        )
+    for (a, b), told in pairs.items():
+        table.add_row(f"{a} - {b}", *(told.get(m, "–") for m in ("em", "f1", "total_ms")))
     return table
 
 
-def _below(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"\n{interval[0]:.3f}–{interval[1]:.3f}"
+def _table(title: str, first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(first, title=title, title_justify="left")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table

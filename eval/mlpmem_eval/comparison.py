@@ -158,6 +158,7 @@ def _ask(arm: Answerer, question: EvalQuestion, recorder: LatencyRecorder, *, al
         total=timing.total,
         ttft=timing.ttft,
         retrieval=timing.retrieval,
+        embedding=timing.embedding,
         prefill=timing.prefill,
         decode=timing.decode,
         prompt_tokens=timing.prompt_tokens,

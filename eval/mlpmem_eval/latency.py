@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers.base import BaseEventHandler
 from llama_index.core.instrumentation.events.base import BaseEvent
+from llama_index.core.instrumentation.events.embedding import (
+    EmbeddingEndEvent,
+    EmbeddingStartEvent,
+)
 from llama_index.core.instrumentation.events.llm import (
     LLMChatEndEvent,
     LLMChatInProgressEvent,
@@ -47,6 +51,7 @@ class Timing:
         total: from the question to the end of the answer.
         ttft: from the question to the first piece of the text that is given.
         retrieval: finding passages.
+        embedding: of that, turning the question into a vector; the same for any corpus.
         prefill: reading prompts, to the first piece of text each.
         decode: generating after that.
         prompt_tokens: over all calls of the LLM; None where it does not tell.
@@ -57,6 +62,7 @@ class Timing:
     total: float
     ttft: float
     retrieval: float
+    embedding: float
     prefill: float
     decode: float
     prompt_tokens: int | None
@@ -74,6 +80,7 @@ class _Spans:
     """Events of one answer, folded as they come; a call inside a call counts once."""
 
     retrieval: float = 0.0
+    embedding: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     calls: int = 0
@@ -82,6 +89,7 @@ class _Spans:
     _retrievals: int = 0
     _llms: int = 0
     _since: float = 0.0
+    _embedding: float = 0.0
     _started: float = 0.0
     _piece: float | None = None
 
@@ -92,6 +100,10 @@ class _Spans:
         elif isinstance(event, RetrievalEndEvent):
             self._retrievals -= 1
             self.retrieval += now - self._since if self._retrievals == 0 else 0.0
+        elif isinstance(event, EmbeddingStartEvent):
+            self._embedding = now
+        elif isinstance(event, EmbeddingEndEvent):
+            self.embedding += now - self._embedding if self._retrievals else 0.0
         elif isinstance(event, LLM_STARTS):
             if self._llms == 0:
                 self._started, self._piece = now, None
@@ -177,6 +189,7 @@ class LatencyRecorder(BaseEventHandler):
             total=total,
             ttft=total if spans.first_piece is None else spans.first_piece - started,
             retrieval=spans.retrieval,
+            embedding=spans.embedding,
             prefill=spans.prefill,
             decode=spans.decode,
             prompt_tokens=spans.usage.get("prompt_tokens"),

@@ -55,6 +55,7 @@ def html(report: Report) -> str:
         best={m: _best(report, m) for m in ("em", "f1", "contains", "similarity")},
         has_judge=any(arm.judge is not None for arm in report.arms.values()),
         has_hits=any(arm.hit_rate is not None for arm in report.arms.values()),
+        has_confidence=any(arm.abstention is not None for arm in report.arms.values()),
         has_joules=any(arm.joules is not None for arm in report.arms.values()),
         settings_text=json.dumps(
             {**report.settings, "arms": {n: a.settings for n, a in report.arms.items()}},

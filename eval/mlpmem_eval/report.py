@@ -26,7 +26,7 @@ from mlpmem_eval.schema import (
     QuestionEntry,
     Report,
 )
-from mlpmem_eval.statistics import Pair, compare_pair, holm, mean_interval
+from mlpmem_eval.statistics import MARGIN, Pair, compare_pair, holm, mean_interval
 from mlpmem_rag.query import QueryEncoder
 
 ACCURACY = ("em", "f1", "contains", "similarity", "judge")
@@ -196,6 +196,7 @@ def _figures(
         total_ms=_milliseconds([row.total for row in good]),
         ttft_ms=_milliseconds([row.ttft for row in good]),
         retrieval_ms=_milliseconds([row.retrieval for row in good]),
+        embedding_ms=_milliseconds([row.embedding for row in good]),
         prefill_ms=_milliseconds([row.prefill for row in good]),
         decode_ms=_milliseconds([row.decode for row in good]),
         other_ms=_milliseconds(
@@ -249,13 +250,27 @@ def _pairs(entries: Sequence[QuestionEntry], arms: Sequence[str], seed: int) -> 
     corrected: list[Pair] = []
     for metric in COMPARED:
         pairs = [
-            compare_pair(a, b, metric, ours, theirs, seed=seed)
+            compare_pair(
+                a,
+                b,
+                metric,
+                ours,
+                theirs,
+                margin=MARGIN if metric.endswith("_ms") else 0.0,
+                seed=seed,
+            )
             for a, b in combinations(arms, 2)
             for ours, theirs in [_both(entries, a, b, metric)]
             if len(ours)
         ]
         corrected += holm(pairs)
-    return [PairFigures.model_validate(dataclasses.asdict(pair)) for pair in corrected]
+    return [_pair_figures(pair) for pair in corrected]
+
+
+def _pair_figures(pair: Pair) -> PairFigures:
+    values = dataclasses.asdict(pair) | {"significant": pair.significant}
+    values.pop("beyond_margin")
+    return PairFigures.model_validate(values)
 
 
 def _both(entries: Sequence[QuestionEntry], a: str, b: str, metric: str) -> tuple[Floats, Floats]:

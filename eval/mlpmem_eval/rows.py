@@ -28,6 +28,7 @@ class Row:
         total: wall time of the answer.
         ttft: to the first piece of its text.
         retrieval: finding passages.
+        embedding: of that, turning the question into a vector.
         prefill: reading prompts.
         decode: generating.
         share: wall time of all answers given at the same time, divided by their number.
@@ -49,6 +50,7 @@ class Row:
     total: float = 0.0
     ttft: float = 0.0
     retrieval: float = 0.0
+    embedding: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     share: float = 0.0

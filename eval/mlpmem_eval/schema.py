@@ -39,7 +39,10 @@ class AbstentionFigures(_Part):
 
 
 class ArmFigures(_Part):
-    """One arm in figures; accuracy over the answerable questions it answered."""
+    """One arm in figures; accuracy over the answerable questions it answered.
+
+    `embedding_ms` is a part of `retrieval_ms`; the other parts add up to `total_ms`.
+    """
 
     n: int
     answered: int
@@ -55,6 +58,7 @@ class ArmFigures(_Part):
     total_ms: Milliseconds | None
     ttft_ms: Milliseconds | None
     retrieval_ms: Milliseconds | None
+    embedding_ms: Milliseconds | None
     prefill_ms: Milliseconds | None
     decode_ms: Milliseconds | None
     other_ms: Milliseconds | None

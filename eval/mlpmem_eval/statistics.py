@@ -14,6 +14,9 @@ Floats = npt.NDArray[np.float64]
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 ALPHA = 0.05
+MARGIN = 0.02
+"""Share of the smaller mean time below which a difference of times is nobody's business: the
+measuring itself is no more exact."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Pair:
         test: `mcnemar` (exact) or `bootstrap`.
         p: two-sided.
         p_adjusted: the same after Holm's correction over all pairs of this metric.
-        significant: whether `p_adjusted` is below .05.
+        beyond_margin: whether the whole interval is larger than what counts as no difference.
     """
 
     a: str
@@ -46,7 +49,12 @@ class Pair:
     test: str
     p: float
     p_adjusted: float
-    significant: bool
+    beyond_margin: bool
+
+    @property
+    def significant(self) -> bool:
+        """More than chance, and more than nothing."""
+        return self.beyond_margin and self.p_adjusted < ALPHA
 
 
 def mean_interval(values: Floats, *, seed: int = 0) -> tuple[float, float]:
@@ -55,9 +63,18 @@ def mean_interval(values: Floats, *, seed: int = 0) -> tuple[float, float]:
 
 
 def compare_pair(
-    a: str, b: str, metric: str, ours: Floats, theirs: Floats, *, seed: int = 0
+    a: str,
+    b: str,
+    metric: str,
+    ours: Floats,
+    theirs: Floats,
+    *,
+    margin: float = 0.0,
+    seed: int = 0,
 ) -> Pair:
     """Two arms on the same questions. *Shapes:* (N,), (N,), N at least 1.
+
+    A difference up to `margin` times the smaller mean counts as none.
 
     Where every value is 0 or 1, p is McNemar's exact one; else it is the bootstrap's: twice the
     share of resampled differences on the other side of zero.
@@ -79,7 +96,7 @@ def compare_pair(
         "mcnemar" if binary else "bootstrap",
         p,
         p,
-        p < ALPHA,
+        _beyond(interval, margin * min(ours.mean(), theirs.mean())),
     )
 
 
@@ -97,10 +114,12 @@ def holm(pairs: Sequence[Pair]) -> list[Pair]:
     for rank, number in enumerate(order):
         largest = max(largest, min(1.0, (len(pairs) - rank) * pairs[number].p))
         adjusted[number] = largest
-    return [
-        replace(pair, p_adjusted=p, significant=p < ALPHA)
-        for pair, p in zip(pairs, adjusted, strict=True)
-    ]
+    return [replace(pair, p_adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)]
+
+
+def _beyond(interval: tuple[float, float], margin: float) -> bool:
+    low, high = interval
+    return low > margin or high < -margin
 
 
 def _bootstrap(values: Floats, seed: int) -> tuple[tuple[float, float], Floats]:

@@ -102,8 +102,10 @@ def summary(report: Report) -> list[str]:
         other = (names - {"memory"}).pop()
         sign = 1 if pair.a == "memory" else -1
         verb = "differs" if pair.significant else "does not differ significantly"
+        low, high = sorted(sign * end for end in pair.interval)
         lines.append(
-            f"memory against {other}: F1 {verb} ({signed(sign * pair.difference)}); "
+            f"memory against {other}: F1 {verb} ({signed(sign * pair.difference)}, 95 % "
+            f"{signed(low)} to {signed(high)}); "
             f"{_speed(report, 'memory', other)}."
         )
     return lines
