@@ -129,13 +129,13 @@ def _ask_group(
     pool: ThreadPoolExecutor,
 ) -> list[Row]:
     alone = len(questions) == 1
-    started = recorder.now()
     with metered() as reading:
+        started = recorder.now()
         if alone:
             rows = [_ask(arm, questions[0], recorder, alone=True)]
         else:
             rows = list(pool.map(lambda q: _ask(arm, q, recorder, alone=False), questions))
-    share = (recorder.now() - started) / len(rows)
+        share = (recorder.now() - started) / len(rows)
     joules = None if reading.joules is None else reading.joules / len(rows)
     return [replace(r, share=share, peak_bytes=reading.peak_bytes, joules=joules) for r in rows]
 
