@@ -13,7 +13,7 @@ import stat
 import string
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -129,6 +129,26 @@ def read_corpus(
         on_progress(ProgressEvent("corpus", done, len(paths), "files"))
     corpus = _assemble(entries)
     _check_yield(corpus, len(paths), str(source), strict)
+    return corpus
+
+
+def make_corpus(records: Iterable[Record]) -> Corpus:
+    """Documents that are in memory already, cleaned and checked as those of files are.
+
+    Args:
+        records: texts with an id each, which is kept as it is.
+
+    Raises:
+        CorpusError: no text is left, or two have the same id.
+    """
+    # As sources, ids are not changed as those of rows in files are.
+    entries = [(record.id or "", replace(record, id=None)) for record in records]
+    ids = [source for source, _ in entries]
+    if not all(ids) or len(set(ids)) < len(ids):
+        raise CorpusError("every document needs an id of its own; give them different ids")
+    corpus = _assemble(entries)
+    if not corpus.documents:
+        raise CorpusError(f"none of {len(ids)} documents holds text; give some with text")
     return corpus
 
 

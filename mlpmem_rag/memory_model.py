@@ -21,7 +21,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.answering import Recorder, generation_config
-from mlpmem_rag.backbone import context_window
+from mlpmem_rag.backbone import Backbone, context_window
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ArtifactError, ConfigError
@@ -30,12 +30,14 @@ from mlpmem_rag.pieces import TextPieces
 from mlpmem_rag.prompts import (
     STOP_STRING,
     Message,
+    answer_ids,
     asked_text,
     chats,
     check_asked,
     prompt_ids,
     text_ids,
 )
+from mlpmem_rag.provenance import Origin, Provenance
 from mlpmem_rag.query import QueryEncoder, load_encoder
 from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
 from mlpmem_rag.turns import Turns
@@ -123,6 +125,7 @@ class MemoryModel:
         self.encoder = encoder
         self.confidence = confidence
         self.folder: Path | None = None
+        self.backbone: Backbone | None = None
         self._turns = Turns()
 
     @classmethod
@@ -151,7 +154,7 @@ class MemoryModel:
                 "with, or train again"
             )
         memory = cls(model, backbone.tokenizer, encoder, settings.confidence)
-        memory.folder = Path(folder)
+        memory.folder, memory.backbone = Path(folder), backbone
         return memory
 
     @property
@@ -287,6 +290,35 @@ class MemoryModel:
             self, prompt, asked, decoding, room=room, strip=strip, question=question
         )
         return AnswerStream(generation, self._turns)
+
+    def origins(
+        self, question: str, answer: str, provenance: Provenance
+    ) -> list[tuple[str, Origin | None]]:
+        """The tokens of an answer with the training rows they come from.
+
+        Raises:
+            ConfigError: the question is empty, or this memory was not loaded from a folder.
+        """
+        if self.backbone is None:
+            raise ConfigError("only a memory that was loaded from a folder can trace its answers")
+        prompt = prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
+        tokens = answer_ids(self.tokenizer, answer)[:-1]  # without the mark of its end
+        kept = tokens[: self.context_window - 1]
+        ids = [*prompt[-(self.context_window - len(kept)) :], *kept]
+        batch = torch.tensor([ids], device=self.model.device)
+        hidden = self.backbone.hidden(batch, torch.ones_like(batch))[0].float()  # (T, D)
+        before = hidden[len(ids) - len(kept) - 1 : -1].cpu().numpy()
+        vector = self.query_vector(question)
+        found = provenance.origins(
+            before,
+            kept,
+            None if vector is None else vector[0].numpy(),
+            scale=self.model.memory.config.hidden_scale,
+        )
+        return [
+            (str(self.tokenizer.decode([token])), origin)
+            for token, origin in zip(kept, found, strict=True)
+        ]
 
     @torch.inference_mode()
     def log_probs(self, token_ids: Sequence[int], *, lambda_: float | None = None) -> Tensor:

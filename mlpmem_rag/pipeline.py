@@ -31,6 +31,7 @@ from mlpmem_rag.neighbors import Neighbors, import_faiss
 from mlpmem_rag.output import is_memory, output_folder
 from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
 from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE
 from mlpmem_rag.report import TrainReport, model_card
 from mlpmem_rag.split import Split, split_rows
@@ -156,6 +157,7 @@ def _train(
 
     # (hidden state -> next token) for every token of the corpus.
     datastore = stages.datastore()
+    note_documents(work, prepared.corpus)
 
     # Only training rows may be neighbours: what teacher and memory know of the held-out rows
     # is what the others tell.

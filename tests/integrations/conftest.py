@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llama_index.core import Document as LlamaDocument
 from transformers import AutoTokenizer
 
 from mlpmem_rag.config import TrainConfig
@@ -72,3 +74,23 @@ def chat_model(chat_memory: Path) -> MemoryModel:
 def plain_model(plain_memory: Path) -> MemoryModel:
     """The one without a chat template, loaded."""
     return MemoryModel.load(plain_memory, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def documents(tiny_documents: list[Document]) -> list[LlamaDocument]:
+    """The sixteen texts as LlamaIndex's documents."""
+    return [LlamaDocument(text=d.text, doc_id=d.id) for d in tiny_documents]
+
+
+@pytest.fixture(scope="session")
+def training(chat_folder: Path) -> dict[str, Any]:
+    """Settings of a training of half a second."""
+    return {
+        "recipe": "paper",
+        "base_model": str(chat_folder),
+        "device": "cpu",
+        "dtype": "float32",
+        "window": 48,
+        "neighbors": 8,
+        "distill": DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
+    }

@@ -1,0 +1,79 @@
+"""LlamaIndex's documents and nodes as a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+
+from mlpmem_rag.corpus import Corpus, make_corpus
+from mlpmem_rag.readers import Record
+
+
+def document_id(node: BaseNode) -> str:
+    """Id of the document that a node is part of; a node of no document is one."""
+    return node.ref_doc_id or node.node_id
+
+
+def corpus_of_documents(documents: Iterable[BaseNode]) -> Corpus:
+    """A corpus of whole documents, without their metadata but for a title.
+
+    Raises:
+        CorpusError: no document holds text.
+    """
+    return make_corpus(
+        Record(
+            text=document.get_content(metadata_mode=MetadataMode.NONE),
+            title=_title(document),
+            id=document.node_id,
+        )
+        for document in documents
+    )
+
+
+def corpus_of_nodes(nodes: Iterable[BaseNode]) -> Corpus:
+    """A corpus of the documents that nodes were cut from, put together again.
+
+    Raises:
+        CorpusError: no node holds text.
+    """
+    parts: dict[str, list[BaseNode]] = {}
+    for node in nodes:
+        parts.setdefault(document_id(node), []).append(node)
+    return make_corpus(
+        Record(text=joined(group), title=_title(group[0]), id=document)
+        for document, group in parts.items()
+    )
+
+
+def joined(nodes: Sequence[BaseNode]) -> str:
+    """The text of neighbouring nodes, what they share said once.
+
+    Nodes that know their place (those of LlamaIndex's splitters do) are laid out by it; others
+    follow one another as paragraphs.
+    """
+    placed = [
+        (node.start_char_idx, node.end_char_idx, node.text)
+        for node in nodes
+        if isinstance(node, TextNode)
+        and node.start_char_idx is not None
+        and node.end_char_idx is not None
+        and node.end_char_idx - node.start_char_idx == len(node.text)
+    ]
+    if len(placed) < len(nodes):
+        texts = (node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes)
+        return "\n\n".join(texts)
+    text, end = "", 0
+    for start, stop, part in sorted(placed):
+        if stop <= end:
+            continue
+        # Splitters drop white space between nodes, never anything else.
+        text += "\n" if text and start > end else ""
+        text += part[max(0, end - start) :] if text else part
+        end = stop
+    return text
+
+
+def _title(node: BaseNode) -> str | None:
+    title = node.metadata.get("title")
+    return title if isinstance(title, str) else None

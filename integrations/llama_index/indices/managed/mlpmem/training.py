@@ -1,0 +1,56 @@
+"""Where an index's training writes to, and how it shows how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.corpus import Corpus
+from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.lessons import StudyConfig
+from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+
+
+def memory_folder(out: str | Path | None, corpus: Corpus) -> Path:
+    """The folder asked for, else one in the working folder that is named after the corpus."""
+    return Path(out) if out is not None else Path(f"mlpmem-{corpus.fingerprint[:12]}")
+
+
+def config_of(training: dict[str, Any]) -> TrainConfig:
+    """The settings that a memory's manifest tells of, to train again with."""
+    distill = training["distill"]
+    changes = {
+        "questions": tuple(training["questions"]),
+        "study": StudyConfig(**training["study"]),
+        "distill": None if distill is None else DistillConfig(**distill),
+    }
+    return TrainConfig(**{**training, **changes})
+
+
+@contextmanager
+def bars(show: bool, on_progress: OnProgress | None) -> Iterator[OnProgress]:
+    """Pass progress on, and show a bar for each stage if asked to."""
+    on_progress = on_progress or ignore_progress
+    if not show:
+        yield on_progress
+        return
+    shown: dict[str, tqdm[None]] = {}
+
+    def tell(event: ProgressEvent) -> None:
+        on_progress(event)
+        if event.stage not in shown:
+            shown[event.stage] = tqdm(total=event.total, desc=event.stage, unit=f" {event.unit}")
+        bar = shown[event.stage]
+        bar.total = event.total
+        bar.update(event.done - bar.n)
+
+    try:
+        yield tell
+    finally:
+        for bar in shown.values():
+            bar.close()
