@@ -46,6 +46,10 @@ def compare(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Questions that an arm has at the same time.")
     ] = 1,
+    threshold: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Confidence below which memory-first asks RAG."),
+    ] = 0.5,
     seed: options.SeedOption = 0,
     base_model: options.BaseModelOption = None,
     device: options.DeviceOption = options.Device.auto,
@@ -78,6 +82,7 @@ def compare(
         limit=limit,
         max_new_tokens=max_new_tokens,
         concurrency=concurrency,
+        threshold=threshold,
         seed=seed or 0,
         base_model=base_model,
         device=device.value,

@@ -8,8 +8,7 @@ An arm of one's own is a LlamaIndex query engine in a wrapper:
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,6 +16,8 @@ from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.base.response.schema import StreamingResponse
 from llama_index.core.llms import LLM
+
+from mlpmem_eval.latency import text_seen
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,14 @@ class QueryEngineAnswerer:
     def answer(self, question: str) -> Reply:
         """Query, and read the stream if there is one."""
         response: Any = self.engine.query(question)
-        text = (
-            "".join(response.response_gen or ())
-            if isinstance(response, StreamingResponse)
-            else str(response)
-        )
+        streamed = isinstance(response, StreamingResponse)
+        text = "".join(_watched(response.response_gen)) if streamed else str(response)
         told = (response.metadata or {}).get("mlpmem", {})
+        remembered = told.get("route") == "memory"
         return Reply(
             text=_first_line(text) if self.first_line else text.strip(),
             confidence=told.get("confidence"),
-            documents=source_documents(response.source_nodes),
+            documents=None if remembered else source_documents(response.source_nodes),
             route=told.get("route"),
         )
 
@@ -133,13 +132,22 @@ class PromptAnswerer:
 
 def _last(stream: Iterable[Any]) -> Reply:
     """What a stream of responses ends with."""
-    responses = deque(stream, maxlen=1)
-    if not responses:
+    response: Any = None
+    for response in stream:
+        if response.delta:
+            text_seen()
+    if response is None:
         return Reply("")
-    response = responses[0]
     raw = response.raw if isinstance(response.raw, dict) else {}
     text = response.text if hasattr(response, "text") else response.message.content
     return Reply(str(text or "").strip(), confidence=raw.get("mlpmem", {}).get("confidence"))
+
+
+def _watched(pieces: Iterable[str] | None) -> Iterator[str]:
+    for piece in pieces or ():
+        if piece:
+            text_seen()
+        yield piece
 
 
 def source_documents(nodes: Sequence[Any]) -> tuple[str, ...]:

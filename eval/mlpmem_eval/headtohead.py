@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpmem_eval.arms import Arm, Workbench, make_arms, sentence_encoder
+from mlpmem_eval.arms import Arm, make_arms
 from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.environment import machine, versions
 from mlpmem_eval.folder import ROWS, report_folder
@@ -17,6 +17,7 @@ from mlpmem_eval.render import write_report
 from mlpmem_eval.report import build_report
 from mlpmem_eval.schema import Report
 from mlpmem_eval.tuning import QUESTIONS as TUNING_QUESTIONS
+from mlpmem_eval.workbench import Workbench, sentence_encoder
 from mlpmem_rag.artifact import WORK, Manifest, load_manifest
 from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.errors import ConfigError
@@ -43,6 +44,7 @@ class CompareConfig:
         max_new_tokens: most tokens of an answer.
         concurrency: questions that an arm has at the same time.
         warm_up: questions asked of every arm before.
+        threshold: confidence below which `memory-first` asks RAG.
         seed: of everything random.
         base_model: where the base model is, if not where it was in training.
         device: where to compute.
@@ -61,6 +63,7 @@ class CompareConfig:
     max_new_tokens: int = 24
     concurrency: int = 1
     warm_up: int = 2
+    threshold: float = 0.5
     seed: int = 0
     base_model: str | None = None
     device: str = "auto"
@@ -93,6 +96,8 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
             corpus,
             config.max_new_tokens,
             lambda: _tuning_questions(corpus, asked.questions, config.seed, on_progress),
+            threshold=config.threshold,
+            seed=config.seed,
             on_progress=on_progress,
         )
         arms = make_arms(config.arms, bench)
@@ -217,18 +222,10 @@ def settings_of(
         if corpus is None
         else {"fingerprint": corpus.fingerprint, "documents": len(corpus.documents)},
         "questions_sha256": None if config.questions is None else _sha256(config.questions),
-        "rag_tuning": _tuning_record(bench),
+        "searches": bench.searches,
         "machine": machine(),
         "versions": versions(),
     }
-
-
-def _tuning_record(bench: Workbench) -> dict[str, Any] | None:
-    """The search for RAG's setting, where there was one."""
-    if "tuned" not in vars(bench):
-        return None
-    tuned, seconds = bench.tuned
-    return {"seconds": seconds, **asdict(tuned)}
 
 
 def _tuning_questions(

@@ -79,11 +79,13 @@ class Timing:
 class _Spans:
     """Events of one answer, folded as they come; a call inside a call counts once."""
 
+    clock: Clock
     retrieval: float = 0.0
     embedding: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     calls: int = 0
+    seen: float | None = None
     first_piece: float | None = None
     usage: dict[str, int] = field(default_factory=dict)
     _retrievals: int = 0
@@ -140,6 +142,17 @@ def _usage(event: BaseEvent) -> dict[str, int]:
 _current: ContextVar[_Spans | None] = ContextVar("mlpmem_eval_spans", default=None)
 
 
+def text_seen() -> None:
+    """Say that text of the answer has reached whoever asked.
+
+    An engine that holds its first answer back, to give another if need be, has shown nothing when
+    its LLM begins to write.
+    """
+    spans = _current.get()
+    if spans is not None and spans.seen is None:
+        spans.seen = spans.clock()
+
+
 class LatencyRecorder(BaseEventHandler):
     """Hears LlamaIndex's events while a `with recording()` block runs."""
 
@@ -174,7 +187,7 @@ class LatencyRecorder(BaseEventHandler):
             work: asks and consumes the whole answer.
             alone: whether no other answer is timed at the same time.
         """
-        spans = _Spans()
+        spans = _Spans(self._clock)
         token = _current.set(spans)
         self._alone = spans if alone else None
         started = self._clock()
@@ -185,9 +198,10 @@ class LatencyRecorder(BaseEventHandler):
             _current.reset(token)
             self._alone = None
         total = ended - started
+        first = spans.first_piece if spans.seen is None else spans.seen
         return result, Timing(
             total=total,
-            ttft=total if spans.first_piece is None else spans.first_piece - started,
+            ttft=total if first is None else first - started,
             retrieval=spans.retrieval,
             embedding=spans.embedding,
             prefill=spans.prefill,

@@ -41,6 +41,23 @@ class RagSetting:
     prompt: str
 
 
+CANDIDATES = (
+    RagSetting(1, 25, FEW_SHOT),
+    RagSetting(1, 50, FEW_SHOT),
+    RagSetting(1, 100, FEW_SHOT),
+    RagSetting(1, 0, FEW_SHOT),
+    RagSetting(2, 25, FEW_SHOT),
+    RagSetting(2, 50, FEW_SHOT),
+    RagSetting(3, 25, FEW_SHOT),
+    RagSetting(3, 50, FEW_SHOT),
+    RagSetting(1, 50, QUOTED),
+    RagSetting(1, 50, NATIVE),
+    RagSetting(2, 100, NATIVE),
+    RagSetting(3, 50, NATIVE),
+)
+"""What RAG's setting is chosen from."""
+
+
 @dataclass(frozen=True)
 class Indexed:
     """A vector index and what it took to make.
