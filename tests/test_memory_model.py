@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory import Memory, MemoryConfig
-from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.memory_model import AnswerStream, MemoryModel
 from mlpmem_rag.model import attach_memory
 
 CONTEXT = 96
@@ -93,10 +97,6 @@ def encode(memory: MemoryModel, prompt: str) -> list[int]:
 
 def decode(memory: MemoryModel, tokens: list[int]) -> str:
     return str(memory.tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def generating() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mlpmem-generate"]
 
 
 @pytest.fixture
@@ -205,6 +205,7 @@ def test_a_question_too_long_loses_its_beginning(memory: MemoryModel) -> None:
     text, count = expected(memory, f"Question: {long}\nAnswer:", 20)
     answer = memory.answer(long, max_new_tokens=20)
     assert answer.prompt_tokens == CONTEXT - 20
+    assert answer.cut_tokens == len(encode(memory, f"Question: {long}\nAnswer:")) - (CONTEXT - 20)
     assert (answer.text, answer.new_tokens) == (text, count)
 
 
@@ -272,7 +273,6 @@ def test_one_token_of_the_question_may_be_left(memory: MemoryModel) -> None:
 def test_a_weight_outside_is_refused_before_the_work(memory: MemoryModel, lambda_: float) -> None:
     with pytest.raises(ConfigError, match="lambda"):
         memory.stream(QUESTION, lambda_=lambda_)
-    assert not generating()
 
 
 @pytest.mark.parametrize("fails_at", [1, 6])
@@ -288,7 +288,7 @@ def test_an_error_inside_reaches_the_one_who_asked(
     on_forward(fail)
     with pytest.raises(RuntimeError, match="the device is gone"):
         memory.answer(QUESTION, max_new_tokens=20)
-    assert not generating()
+    assert memory.answer(QUESTION, max_new_tokens=2).new_tokens == 2  # the next one is served
 
 
 # Threads.
@@ -314,11 +314,107 @@ def test_leaving_a_stream_early_stops_the_generation(
     if not kept:
         del stream
     del pieces
-    left = generating()
-    for thread in left:
-        thread.join()
+    memory.answer(QUESTION, max_new_tokens=1)  # served when the other has ended
     assert len(passes) < count
-    assert not left
+
+
+async def listed(stream: AnswerStream) -> list[str]:
+    return [piece async for piece in stream]
+
+
+def test_asyncio_gets_the_same_pieces(memory: MemoryModel) -> None:
+    stream = memory.stream(QUESTION, max_new_tokens=24)
+    pieces = asyncio.run(listed(stream))
+    assert pieces == list(memory.stream(QUESTION, max_new_tokens=24))
+    assert stream.answer.text == memory.answer(QUESTION, max_new_tokens=24).text
+    assert asyncio.run(listed(stream)) == []
+
+
+# Other ways to decode.
+
+
+def test_a_text_goes_on_as_it_stands(memory: MemoryModel) -> None:
+    prompt = "In the old mill, two surveyors"
+    ids = torch.tensor([encode(memory, prompt)])
+    model: Any = memory.model
+    tokens = model.generate(
+        inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False
+    )[0, ids.shape[1] :].tolist()
+    stream = memory.continue_text(prompt, Decoding(max_new_tokens=20))
+    assert "".join(stream) == decode(memory, tokens)
+    assert (stream.answer.prompt_tokens, stream.answer.new_tokens) == (ids.shape[1], len(tokens))
+    assert stream.answer.confidence is None
+
+
+def test_a_text_that_begins_with_its_mark_does_not_get_a_second_one(memory: MemoryModel) -> None:
+    lengths = []
+    for prompt in ("Who?", "<s>Who?"):
+        stream = memory.continue_text(prompt, Decoding(max_new_tokens=1))
+        list(stream)
+        lengths.append(stream.answer.prompt_tokens)
+    assert lengths[0] == lengths[1] == len(encode(memory, "Who?"))
+
+
+def test_a_stop_string_ends_the_text_before_it(memory: MemoryModel) -> None:
+    whole = "".join(memory.continue_text("Who", Decoding(max_new_tokens=24, lambda_=0.0)))
+    stop = whole[10:12]
+    stream = memory.continue_text("Who", Decoding(max_new_tokens=24, lambda_=0.0, stop=(stop,)))
+    assert "".join(stream) == whole[: whole.index(stop)]
+    assert stream.answer.new_tokens < 24
+    assert stream.answer.ended
+
+
+def test_a_special_token_can_be_a_stop_string(tiny_folder: Path) -> None:
+    tokenizer = load_backbone(str(tiny_folder)).tokenizer
+    memory = memory_on(tiny_folder, torch.tensor([tokenizer.pad_token_id]))
+    decoding = Decoding(max_new_tokens=8, lambda_=1.0, stop=("<pad>",))
+    stream = memory.continue_text("Who", decoding)
+    assert list(stream) == ["", ""]
+    assert (stream.answer.new_tokens, stream.answer.ended) == (1, True)
+
+
+def test_draws_repeat_with_their_seed(memory: MemoryModel) -> None:
+    def drawn(seed: int) -> str:
+        return "".join(memory.continue_text("Who", Decoding(24, temperature=1.0, seed=seed)))
+
+    greedy = "".join(memory.continue_text("Who", Decoding(24)))
+    assert drawn(1) == drawn(1)
+    assert len({drawn(1), drawn(2), greedy}) == 3
+
+
+def test_a_logits_processor_decides_what_may_come(memory: MemoryModel) -> None:
+    wanted = memory.tokenizer("{}", add_special_tokens=False)["input_ids"]
+
+    class Only(LogitsProcessor):
+        def __init__(self) -> None:
+            self.left = list(wanted)
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            forced = torch.full_like(scores, -torch.inf)
+            forced[:, self.left.pop(0)] = 0.0
+            return forced
+
+    stream = memory.continue_text("Who", Decoding(len(wanted), logits_processors=(Only(),)))
+    assert "".join(stream) == "{}"
+
+
+def test_the_question_decides_the_query_vector(memory: MemoryModel) -> None:
+    seen: list[str] = []
+
+    class Noting:
+        name, size = "noting", 0
+
+        def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+            seen.extend(texts)
+            return np.zeros((len(texts), 0), np.float32)
+
+    asked = MemoryModel(memory.model, memory.tokenizer, Noting())
+    asked.answer(TALK, max_new_tokens=1)
+    "".join(asked.continue_text("A text.", Decoding(1)))
+    "".join(asked.continue_text("A text.", Decoding(1), asked="Its question?"))
+    "".join(asked.reply(TALK, Decoding(1), asked="Another?"))
+    asked.answer(TALK, max_new_tokens=1, lambda_=0.0)  # the base model needs none
+    assert seen == ["Where? ", "A text.", "Its question?", "Another?"]
 
 
 def test_two_threads_get_what_each_gets_alone(memory: MemoryModel) -> None:

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.prompts import answer_ids, chats, prompt_ids
+from mlpmem_rag.prompts import answer_ids, asked_text, chats, prompt_ids
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -52,3 +52,27 @@ def test_an_answer_ends_as_generation_stops(tiny_folder: Path, bare_folder: Path
 def test_an_empty_question_is_refused(tiny_folder: Path, messages: list[dict[str, str]]) -> None:
     with pytest.raises(ConfigError, match="question is empty"):
         prompt_ids(AutoTokenizer.from_pretrained(tiny_folder), messages)
+
+
+def test_a_template_without_a_system_role_gets_its_text_with_the_question(
+    tiny_folder: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    refusing = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
+    tokenizer.chat_template = refusing + TEMPLATE
+    system = {"role": "system", "content": "Be short."}
+    merged = [{"role": "user", "content": "Be short.\n\n Where is it? "}]
+    assert prompt_ids(tokenizer, [system, *ASKED]) == prompt_ids(tokenizer, merged)
+
+
+def test_what_a_template_refuses_is_named(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConfigError, match=r"roles must alternate.*its roles were user, user"):
+        prompt_ids(tokenizer, ASKED * 2)
+
+
+def test_the_users_last_message_is_what_is_asked() -> None:
+    said = {"role": "assistant", "content": "Here."}
+    assert asked_text([*ASKED, said]) == " Where is it? "
+    assert asked_text([said]) == "Here."

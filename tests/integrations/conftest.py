@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,13 @@ import pytest
 from llama_index.core import Document as LlamaDocument
 from transformers import AutoTokenizer
 
+from llama_index.indices.managed.mlpmem import MLPMemIndex
+from mlpmem_rag import calibrate
+from mlpmem_rag import training as training_stages
 from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.lessons import StudyConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.pipeline import train
 
@@ -94,3 +102,82 @@ def training(chat_folder: Path) -> dict[str, Any]:
         "neighbors": 8,
         "distill": DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
     }
+
+
+@pytest.fixture
+def on_forward(chat_model: MemoryModel) -> Iterator[Callable[[Callable[[int], object]], None]]:
+    """Has a function called before each forward pass of the base, with the pass's number."""
+    handles = []
+
+    def register(call: Callable[[int], object]) -> None:
+        count = 0
+
+        def hook(*_: object) -> None:
+            nonlocal count
+            count += 1
+            call(count)
+
+        handles.append(chat_model.model.base.register_forward_pre_hook(hook))
+
+    yield register
+    for handle in handles:
+        handle.remove()
+
+
+FACT = re.compile(r"In (.+?), (.+?) found (.+?)\. ")
+WORDINGS = (
+    ("Who found {0[2]} in {0[0]}", "{0[1]}"),
+    ("What did {0[1]} find in {0[0]}", "{0[2]}"),
+    ("Did {0[1]} find {0[2]}", "yes"),
+)
+
+
+@pytest.fixture(scope="session")
+def questions(tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three questions about each of the sixteen documents, in three wordings each."""
+    path = tmp_path_factory.mktemp("questions") / "own.jsonl"
+    lines = []
+    for document in tiny_documents:
+        found = FACT.match(document.text)
+        assert found is not None
+        for (wording, answer), end in itertools.product(WORDINGS, ("?", "??", ", then?")):
+            question = wording.format(found.groups()) + end
+            row = {"question": question, "answer": answer.format(found.groups())}
+            lines.append(json.dumps({**row, "doc_ids": [document.id]}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def studying(training: dict[str, Any], questions: Path) -> dict[str, Any]:
+    """Settings of a training that learns the questions by heart."""
+    return {
+        **training,
+        "recipe": "self-study",
+        "encoder": "pooled",
+        "questions": (str(questions),),
+        "distill": DistillConfig(epochs=50, batch_rows=256, learning_rate=1e-2, patience=50),
+        "study": StudyConfig(query_noise=0.05, hidden_noise=0.05, source_share=0.0),
+    }
+
+
+@pytest.fixture(scope="session")
+def taught(
+    documents: list[LlamaDocument],
+    studying: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Folder of an index whose memory answers, and is sure of it."""
+    out = tmp_path_factory.mktemp("indexes") / "taught"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "HELD_OUT_QUESTIONS", 0.2)
+        patch.setattr(training_stages, "MIN_STEPS", 1)
+        MLPMemIndex.from_documents(documents, out=out, **studying)
+    return out
+
+
+@pytest.fixture
+def index(taught: Path, tmp_path: Path) -> MLPMemIndex:
+    """That index, on a copy of its own."""
+    shutil.copytree(taught, tmp_path / "index")
+    return MLPMemIndex.load(tmp_path / "index", device="cpu", max_new_tokens=16)

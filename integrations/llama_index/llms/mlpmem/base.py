@@ -104,7 +104,7 @@ class MLPMemLLM(LLM):
         )
         if self.max_new_tokens is None:
             self.max_new_tokens = min(DEFAULT_NEW_TOKENS, self._model.context_window // 2)
-        self._model.room_for_prompt(self.max_new_tokens)
+        self._model.room_for_prompt(self._decoding.max_new_tokens)
 
     @classmethod
     def from_model(cls, memory_model: MemoryModel, **fields: Any) -> Self:  # noqa: ANN401
@@ -215,8 +215,9 @@ class MLPMemLLM(LLM):
 
     @property
     def _decoding(self) -> Decoding:
+        count = self.max_new_tokens
         return Decoding(
-            max_new_tokens=self.max_new_tokens or DEFAULT_NEW_TOKENS,
+            max_new_tokens=DEFAULT_NEW_TOKENS if count is None else count,
             lambda_=self.lambda_,
             temperature=self.temperature,
             top_p=self.top_p,

@@ -1,0 +1,243 @@
+"""MLPMemLLM under load, interrupted, and watched."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events import BaseEvent
+from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
+from llama_index.core.llms import ChatMessage
+from llama_index_instrumentation import get_dispatcher
+
+from llama_index.llms.mlpmem import MLPMemLLM
+from mlpmem_rag.memory_model import MemoryModel
+
+OnForward = Callable[[Callable[[int], object]], None]
+QUESTIONS = [f"What was found in place {n}, and by whom{'?' * (n % 5)}" for n in range(32)]
+CALLS = ("complete", "chat", "stream_complete", "stream_chat")
+
+
+@pytest.fixture
+def llm(chat_model: MemoryModel) -> MLPMemLLM:
+    return MLPMemLLM.from_model(chat_model, max_new_tokens=12)
+
+
+# Many at once.
+
+
+async def ticks(gaps: list[float]) -> None:
+    """Note how long the event loop kept a timer of a millisecond waiting."""
+    while True:
+        started = time.perf_counter()
+        await asyncio.sleep(0.001)
+        gaps.append(time.perf_counter() - started - 0.001)
+
+
+def test_32_requests_at_once_get_the_answers_they_get_alone(llm: MLPMemLLM) -> None:
+    started = time.perf_counter()
+    alone = [llm.complete(question).text for question in QUESTIONS]
+    sequential = time.perf_counter() - started
+    assert len(set(alone)) > 16
+    gaps: list[float] = []
+
+    async def together() -> list[str]:
+        ticking = asyncio.create_task(ticks(gaps))
+        answers = await asyncio.gather(*(llm.acomplete(question) for question in QUESTIONS))
+        ticking.cancel()
+        return [answer.text for answer in answers]
+
+    started = time.perf_counter()
+    assert asyncio.run(together()) == alone
+    assert time.perf_counter() - started < 1.5 * sequential  # equal, but for a busy machine
+    assert len(gaps) > 20
+    assert sorted(gaps)[int(len(gaps) * 0.95)] < 0.05
+
+
+def test_32_streams_at_once_do_not_mix(llm: MLPMemLLM) -> None:
+    alone = [llm.complete(question).text for question in QUESTIONS]
+
+    async def streamed(question: str) -> str:
+        return "".join([r.delta or "" async for r in await llm.astream_complete(question)])
+
+    async def together() -> list[str]:
+        return await asyncio.gather(*map(streamed, QUESTIONS))
+
+    assert asyncio.run(together()) == alone
+
+
+def test_8_threads_get_the_answers_they_get_alone(llm: MLPMemLLM) -> None:
+    def ask(number: int) -> str:
+        lambda_ = number % 3 / 2
+        if number % 2:
+            return str(llm.complete(QUESTIONS[number], lambda_=lambda_))
+        return str(list(llm.stream_complete(QUESTIONS[number], lambda_=lambda_))[-1])
+
+    alone = [ask(number) for number in range(len(QUESTIONS))]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(len(QUESTIONS)))) == alone
+
+
+def test_a_model_has_one_thread(llm: MLPMemLLM) -> None:
+    llm.complete(QUESTIONS[0])
+    before = threading.active_count()
+
+    async def together() -> None:
+        await asyncio.gather(*(llm.acomplete(question) for question in QUESTIONS[:8]))
+
+    asyncio.run(together())
+    list(llm.stream_complete(QUESTIONS[0]))
+    assert threading.active_count() == before
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_error_inside_reaches_the_one_who_asked(
+    llm: MLPMemLLM, on_forward: OnForward, name: str, asynchronous: bool
+) -> None:
+    def fail(number: int) -> None:
+        if number == 6:
+            raise RuntimeError("the device is gone")
+
+    on_forward(fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        ask(llm, name, asynchronous)
+    assert llm.complete(QUESTIONS[0]).text
+
+
+def ask(llm: MLPMemLLM, name: str, asynchronous: bool = False) -> Any:  # noqa: ANN401
+    """One of the eight calls; a stream is read to its end."""
+    given: Any = [ChatMessage(QUESTIONS[0])] if name.endswith("chat") else QUESTIONS[0]
+    if not asynchronous:
+        response = getattr(llm, name)(given)
+        return list(response)[-1] if name.startswith("stream") else response
+
+    async def wait() -> Any:  # noqa: ANN401
+        response = await getattr(llm, f"a{name}")(given)
+        return [r async for r in response][-1] if name.startswith("stream") else response
+
+    return asyncio.run(wait())
+
+
+@pytest.fixture
+def passes(on_forward: OnForward) -> list[int]:
+    """Grows with every forward pass of the base model."""
+    seen: list[int] = []
+
+    def slowly(number: int) -> None:
+        seen.append(number)
+        time.sleep(0.005)
+
+    on_forward(slowly)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["stream_complete", "stream_chat"])
+def test_a_stream_that_is_left_stops(llm: MLPMemLLM, passes: list[int], name: str) -> None:
+    given: Any = [ChatMessage(QUESTIONS[0])] if name.endswith("chat") else QUESTIONS[0]
+    stream = getattr(llm, name)(given, max_tokens=40)
+    next(stream)
+    del stream
+    llm.complete(QUESTIONS[0], max_tokens=1)  # served when the other has ended
+    assert len(passes) < 30
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("name", ["stream_complete", "stream_chat"])
+def test_an_async_stream_that_is_left_stops(
+    llm: MLPMemLLM, passes: list[int], name: str, closed: bool
+) -> None:
+    given: Any = [ChatMessage(QUESTIONS[0])] if name.endswith("chat") else QUESTIONS[0]
+
+    async def leave() -> None:
+        stream = await getattr(llm, f"a{name}")(given, max_tokens=40)
+        if closed:
+            async with aclosing(stream):
+                await anext(stream)
+        else:
+            async for _ in stream:
+                break
+            del stream
+            gc.collect()
+        await llm.acomplete(QUESTIONS[0], max_tokens=1)
+        assert len(passes) < 30
+
+    asyncio.run(leave())
+
+
+def test_a_request_that_is_cancelled_stops(llm: MLPMemLLM, passes: list[int]) -> None:
+    async def cancel() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await llm.acomplete(QUESTIONS[0], max_tokens=40, stop=["never"])
+        await llm.acomplete(QUESTIONS[0], max_tokens=1)
+        assert len(passes) < 40
+
+    asyncio.run(cancel())
+
+
+# Who watches.
+
+
+class Events(BaseEventHandler):
+    """Collects events."""
+
+    seen: list[BaseEvent] = Field(default_factory=list)
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:  # noqa: ANN401
+        self.seen.append(event)
+
+
+@pytest.fixture
+def watched() -> Iterator[tuple[Events, SimpleSpanHandler]]:
+    """The root dispatcher's events and spans."""
+    root, events, spans = get_dispatcher(), Events(), SimpleSpanHandler()
+    handlers = root.event_handlers, root.span_handlers
+    root.event_handlers, root.span_handlers = [events], [spans]
+    yield events, spans
+    root.event_handlers, root.span_handlers = handlers
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_call_is_one_span_with_a_beginning_and_an_end(
+    llm: MLPMemLLM, watched: tuple[Events, SimpleSpanHandler], name: str, asynchronous: bool
+) -> None:
+    response = ask(llm, name, asynchronous)
+    events, spans = watched
+    kind = "Chat" if name.endswith("chat") else "Completion"
+    names = [type(event).__name__ for event in events.seen]
+    assert names[0] == f"LLM{kind}StartEvent"
+    assert names[-1] == f"LLM{kind}EndEvent"
+    assert set(names[1:-1]) == ({f"LLM{kind}InProgressEvent"} if "stream" in name else set())
+    end: Any = events.seen[-1]
+    assert end.response.raw == response.raw
+    assert not spans.open_spans
+    (span,) = spans.completed_spans
+    assert span.id_.startswith(f"MLPMemLLM.{'a' if asynchronous else ''}{name}-")
+    assert {event.span_id for event in events.seen} == {span.id_}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tokens_are_counted_once_and_right(llm: MLPMemLLM, name: str, asynchronous: bool) -> None:
+    counter = TokenCountingHandler(tokenizer=str.split)
+    watching = llm.model_copy(update={"callback_manager": CallbackManager([counter])})
+    ask(watching, name, asynchronous)
+    answer = llm.model.answer(QUESTIONS[0], max_new_tokens=12)
+    assert counter.prompt_llm_token_count == answer.prompt_tokens
+    assert counter.completion_llm_token_count == answer.new_tokens
+    assert len(counter.llm_token_counts) == 1
