@@ -70,10 +70,7 @@ def _rag_tuned(bench: Workbench) -> Arm:
 
 
 def _memory(bench: Workbench) -> Arm:
-    return Arm(
-        QueryEngineAnswerer("memory", bench.memory_engine, bench.memory_settings),
-        bench.memory_setup,
-    )
+    return Arm(ChatAnswerer("memory", bench.chat_llm(), bench.memory_settings), bench.memory_setup)
 
 
 def _memory_and_rag(bench: Workbench) -> Arm:

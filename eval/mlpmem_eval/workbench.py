@@ -94,9 +94,9 @@ class Workbench:
 
     @cached_property
     def memory_engine(self) -> MemoryQueryEngine:
-        """The memory as LlamaIndex's users ask it."""
+        """The memory as a query engine that gives its answer whole, to be judged first."""
         index = MLPMemIndex.from_memory(self.folder, llm=self.chat_llm())
-        return index.as_query_engine(attribution="none", streaming=True)
+        return index.as_query_engine(attribution="none")
 
     # Documents.
 
