@@ -21,6 +21,7 @@ from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.reading import reading_prompt
@@ -82,7 +83,7 @@ def test_a_knn_that_votes_like_the_datastore(bench: Workbench, folder: Path) -> 
     assert isinstance(teacher, NeighborMemory)
     twin = sharing_base(bench.memory, teacher, 0.5)
     assert twin.model.base is bench.memory.model.base
-    assert bench.memory.model.memory is not teacher
+    assert isinstance(bench.memory.model.memory, Memory)  # the original is as it was
     ids = bench.memory.tokenizer("In the harbour, Ines Maro")["input_ids"]
     p = twin.log_probs(ids, lambda_=1.0).exp()
     assert p.sum(-1).tolist() == pytest.approx([1.0] * len(ids), abs=1e-4)
