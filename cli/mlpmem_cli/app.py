@@ -15,11 +15,13 @@ import typer
 
 from mlpmem_cli.ask import ask
 from mlpmem_cli.chat import chat
+from mlpmem_cli.compare import compare
 from mlpmem_cli.convert import convert
 from mlpmem_cli.inspect import inspect
 from mlpmem_cli.lm_eval import lm_eval
 from mlpmem_cli.plan import plan
 from mlpmem_cli.questions import questions
+from mlpmem_cli.report import report
 from mlpmem_cli.train import train
 from mlpmem_rag import __version__
 from mlpmem_rag.errors import MLPMemError
@@ -42,6 +44,8 @@ app.command()(convert)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     lm_eval
 )
+app.command()(compare)
+app.command()(report)
 
 DEBUG_VARIABLE = "MLPMEM_DEBUG"
 

@@ -24,6 +24,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mlpmem_rag.errors import MissingDependencyError
+
 if TYPE_CHECKING:
     from mlpmem_rag.calibrate import StudyFigures
     from mlpmem_rag.corpus import Corpus
@@ -54,6 +56,19 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Say which extra to install when a package that it brings is missing."""
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"the package {error.name!r} is not installed; run: pip install 'mlpmem-rag[{extra}]'"
+        ) from error
 
 
 class RateColumn(ProgressColumn):

@@ -1,0 +1,251 @@
+"""A whole comparison: questions, arms, answers, report. Goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlpmem_eval.arms import Arm, make_arms
+from mlpmem_eval.comparison import RunSettings, run_comparison
+from mlpmem_eval.environment import machine, versions
+from mlpmem_eval.folder import ROWS, report_folder
+from mlpmem_eval.questions import EvalQuestion, QuestionSet, load_questions, written_questions
+from mlpmem_eval.render import write_report
+from mlpmem_eval.report import build_report
+from mlpmem_eval.schema import Report
+from mlpmem_eval.tuning import QUESTIONS as TUNING_QUESTIONS
+from mlpmem_eval.workbench import Workbench, sentence_encoder
+from mlpmem_rag.artifact import WORK, Manifest, load_manifest
+from mlpmem_rag.corpus import Corpus, read_corpus
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.questions import load_questions as load_taught
+
+DEFAULT_ARMS = ("base", "rag", "rag-tuned", "memory")
+TAUGHT = Path(WORK) / "questions" / "questions.jsonl"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared, on what, and how.
+
+    Attributes:
+        memory: folder of a trained memory.
+        out: folder for the report.
+        questions: file of questions; None: only written ones.
+        corpus: documents, for arms that read them and for written questions.
+        arms: names, in the order in which they are shown.
+        write: questions to write from the corpus, besides those of the file.
+        limit: of the file's questions, at most so many; 0: all.
+        max_new_tokens: most tokens of an answer.
+        concurrency: questions that an arm has at the same time.
+        warm_up: questions asked of every arm before.
+        threshold: confidence below which `memory-first` asks RAG.
+        seed: of everything random.
+        base_model: where the base model is, if not where it was in training.
+        device: where to compute.
+        dtype: number format of the base model.
+        strict: whether a row that is no question is an error.
+        command: how the comparison was called.
+    """
+
+    memory: Path
+    out: Path
+    questions: Path | None = None
+    corpus: str | None = None
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    write: int = 0
+    limit: int = 0
+    max_new_tokens: int = 24
+    concurrency: int = 1
+    warm_up: int = 2
+    threshold: float = 0.5
+    seed: int = 0
+    base_model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    strict: bool = False
+    command: str = ""
+
+
+def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress) -> Report:
+    """Run a comparison and write its report.
+
+    Raises:
+        ArtifactError: the memory is missing, damaged, or belongs to another base model.
+        ConfigError: no questions, an unknown arm, or one that lacks the documents.
+        CorpusError: the documents cannot be read.
+        OutputError: the output folder cannot be used.
+    """
+    manifest = load_manifest(config.memory)
+    corpus = read_corpus(config.corpus) if config.corpus is not None else None
+    asked = questions_of(config, corpus, on_progress)
+    with report_folder(config.out) as work:
+        memory = MemoryModel.load(
+            config.memory, base_model=config.base_model, device=config.device, dtype=config.dtype
+        )
+        bench = Workbench(
+            memory,
+            config.memory,
+            manifest,
+            work,
+            corpus,
+            config.max_new_tokens,
+            lambda: _tuning_questions(corpus, asked.questions, config.seed, on_progress),
+            threshold=config.threshold,
+            seed=config.seed,
+            on_progress=on_progress,
+        )
+        arms = make_arms(config.arms, bench)
+        report = compare_arms(
+            arms,
+            asked.questions,
+            work / ROWS,
+            config,
+            settings=settings_of(config, manifest, corpus, bench),
+            warnings=warnings_of(config, manifest, corpus, asked),
+            memory=memory,
+            on_progress=on_progress,
+        )
+        write_report(report, config.out)
+    return report
+
+
+def compare_arms(
+    arms: Sequence[Arm],
+    questions: Sequence[EvalQuestion],
+    rows_path: Path,
+    config: CompareConfig,
+    *,
+    settings: dict[str, Any],
+    warnings: Sequence[str],
+    memory: MemoryModel,
+    on_progress: OnProgress = ignore_progress,
+) -> Report:
+    """Ask arms that are made already, and report."""
+    rows = run_comparison(
+        [arm.answerer for arm in arms],
+        questions,
+        rows_path,
+        RunSettings(config.concurrency, config.warm_up, {"machine": settings["machine"]}),
+        on_progress=on_progress,
+    )
+    return build_report(
+        questions,
+        rows,
+        arm_settings={arm.answerer.name: arm.answerer.settings for arm in arms},
+        setups={arm.answerer.name: arm.setup for arm in arms},
+        settings=settings,
+        warnings=warnings,
+        encoder=sentence_encoder(memory),
+        seed=config.seed,
+    )
+
+
+def questions_of(
+    config: CompareConfig, corpus: Corpus | None, on_progress: OnProgress = ignore_progress
+) -> QuestionSet:
+    """The questions of the file and those written from the corpus.
+
+    Raises:
+        ConfigError: neither is asked for, or no corpus to write from.
+    """
+    given = QuestionSet(())
+    if config.questions is not None:
+        given = load_questions(config.questions, strict=config.strict)
+        given = QuestionSet(given.questions[: config.limit or None], given.problems)
+    if config.write and corpus is None:
+        raise ConfigError(f"--write {config.write} needs the documents; give them with --corpus")
+    if not config.write and not given.questions:
+        raise ConfigError("no questions; give a file with --questions, or --write N to write some")
+    written: list[EvalQuestion] = []
+    if config.write and corpus is not None:
+        known = {question.text for question in given.questions}
+        written = written_questions(
+            corpus.documents,
+            config.write,
+            seed=config.seed,
+            exclude=known,
+            on_progress=on_progress,
+        )
+    return QuestionSet((*given.questions, *written), given.problems)
+
+
+def warnings_of(
+    config: CompareConfig, manifest: Manifest, corpus: Corpus | None, asked: QuestionSet
+) -> list[str]:
+    """What a reader of the report has to know."""
+    warnings = [
+        f"{config.questions}, line {line}: left out, {reason}" for line, reason in asked.problems
+    ]
+    expected = str(manifest.corpus.get("fingerprint", ""))
+    if corpus is not None and corpus.fingerprint != expected:
+        warnings.append(
+            f"the documents are not those that the memory was trained on: their fingerprint is "
+            f"{corpus.fingerprint[:16]}, the memory's {expected[:16]}; RAG and memory know "
+            "different things"
+        )
+    if corpus is not None and corpus.skipped:
+        warnings.append(f"{len(corpus.skipped)} files or rows of the corpus could not be read")
+    taught = _taught(config.memory)
+    known = sum(question.text in taught for question in asked.questions)
+    if known:
+        warnings.append(
+            f"{known} of {len(asked.questions)} questions were taught to the memory word for "
+            "word: on these it shows what it recalls, not how it does on new ones"
+        )
+    return warnings
+
+
+def settings_of(
+    config: CompareConfig, manifest: Manifest, corpus: Corpus | None, bench: Workbench
+) -> dict[str, Any]:
+    """All that is needed to repeat the run."""
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(config).items()
+    }
+    return {
+        "command": given.pop("command"),
+        "options": given,
+        "model": {
+            "base": manifest.training.get("base_model"),
+            "dtype": str(bench.memory.model.base.dtype),
+            "device": str(bench.memory.model.device),
+        },
+        "memory": {"run": manifest.run, "created": manifest.created, **manifest.training},
+        "corpus": None
+        if corpus is None
+        else {"fingerprint": corpus.fingerprint, "documents": len(corpus.documents)},
+        "questions_sha256": None if config.questions is None else _sha256(config.questions),
+        "searches": bench.searches,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _tuning_questions(
+    corpus: Corpus | None, asked: Sequence[EvalQuestion], seed: int, on_progress: OnProgress
+) -> list[EvalQuestion]:
+    if corpus is None:
+        return []
+    return written_questions(
+        corpus.documents,
+        TUNING_QUESTIONS,
+        seed=seed + 1,
+        exclude={question.text for question in asked},
+        on_progress=on_progress,
+    )
+
+
+def _taught(memory: Path) -> set[str]:
+    path = memory / TAUGHT
+    return {question.text for question in load_taught(path)} if path.is_file() else set()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

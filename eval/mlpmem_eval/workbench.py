@@ -1,0 +1,247 @@
+"""What arms are made from: one loaded base model, indexes, and the searches for settings."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llama_index.indices.managed.mlpmem import MLPMemIndex
+from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
+from llama_index.llms.mlpmem import MLPMemLLM
+from mlpmem_eval.answerers import QueryEngineAnswerer
+from mlpmem_eval.cost import Setup
+from mlpmem_eval.embedding import EncoderEmbedding
+from mlpmem_eval.questions import EvalQuestion
+from mlpmem_eval.rag import (
+    CANDIDATES,
+    NATIVE,
+    Indexed,
+    RagSetting,
+    native_index,
+    passage_index,
+    tuned_engine,
+)
+from mlpmem_eval.rows import row_key
+from mlpmem_eval.tuning import Tried, Tuned, tune
+from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
+from mlpmem_rag.corpus import Corpus
+from mlpmem_rag.embedded import MINILM, embedded_model_path
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.query import QueryEncoder, SentenceEncoder
+from mlpmem_rag.storage import write_json
+
+STOP = "\n"
+
+S = TypeVar("S", bound=Hashable)
+
+
+@dataclass
+class Workbench:
+    """What several arms need is made once.
+
+    Attributes:
+        memory: the memory on its base model, loaded.
+        folder: it was loaded from.
+        manifest: of it.
+        work: a folder for indexes and searches.
+        corpus: the documents; None: no arm that reads them can be made.
+        max_new_tokens: most tokens of an answer, the same for every arm.
+        tuning_questions: written questions to choose settings on, when they are needed.
+        encoder: finds passages; None: the memory's own, or MiniLM.
+        threshold: confidence below which `memory-first` asks RAG.
+        seed: of everything random.
+        on_progress: called often.
+    """
+
+    memory: MemoryModel
+    folder: Path
+    manifest: Manifest
+    work: Path
+    corpus: Corpus | None = None
+    max_new_tokens: int = 24
+    tuning_questions: Callable[[], Sequence[EvalQuestion]] = field(default=list)
+    encoder: QueryEncoder | None = None
+    threshold: float = 0.5
+    seed: int = 0
+    on_progress: OnProgress = ignore_progress
+    searches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _indexes: dict[int | None, Indexed] = field(default_factory=dict)
+
+    # Models.
+
+    def chat_llm(self, lambda_: float | None = None) -> MLPMemLLM:
+        """The model, asked with messages in its chat template."""
+        return MLPMemLLM.from_model(
+            self.memory, lambda_=lambda_, max_new_tokens=self.max_new_tokens
+        )
+
+    def plain_llm(self) -> MLPMemLLM:
+        """The base model, continuing a line of text as it stands."""
+        return MLPMemLLM.from_model(
+            self.memory,
+            lambda_=0.0,
+            max_new_tokens=self.max_new_tokens,
+            is_chat_model=False,
+            stop=[STOP],
+        )
+
+    @cached_property
+    def memory_engine(self) -> MemoryQueryEngine:
+        """The memory as a query engine that gives its answer whole, to be judged first."""
+        index = MLPMemIndex.from_memory(self.folder, llm=self.chat_llm())
+        return index.as_query_engine(attribution="none")
+
+    # Documents.
+
+    def documents(self, arm: str) -> Corpus:
+        """The corpus.
+
+        Raises:
+            ConfigError: none was given.
+        """
+        if self.corpus is None:
+            raise ConfigError(f"the arm {arm!r} needs the documents; give them with --corpus")
+        return self.corpus
+
+    @cached_property
+    def embedding(self) -> EncoderEmbedding:
+        """Of passages and questions."""
+        return EncoderEmbedding(self.encoder or sentence_encoder(self.memory))
+
+    def index(self, arm: str, words: int | None) -> Indexed:
+        """The index of passages of so many words; None: LlamaIndex's own chunks."""
+        if words not in self._indexes:
+            documents = self.documents(arm).documents
+            folder = self.work / f"index-{'native' if words is None else words}"
+            self._indexes[words] = (
+                native_index(documents, self.embedding, folder)
+                if words is None
+                else passage_index(documents, self.embedding, words, folder)
+            )
+        return self._indexes[words]
+
+    # Settings that are searched for.
+
+    @cached_property
+    def tuned_rag(self) -> tuple[RagSetting, float]:
+        """RAG's best setting on written questions, and the seconds of the search."""
+
+        def ask(setting: RagSetting, question: str) -> str:
+            return self.rag_answerer("tuning", setting).answer(question).text
+
+        settings = self.model_settings | self.retrieval_settings("rag-tuned")
+        return self.search("rag", CANDIDATES, ask, settings)
+
+    def rag_answerer(self, name: str, setting: RagSetting) -> QueryEngineAnswerer:
+        """RAG of a setting."""
+        index = self.index(name, setting.words).index
+        engine = tuned_engine(index, setting, self.chat_llm(0.0), self.plain_llm())
+        settings = self.model_settings | self.retrieval_settings(name) | asdict(setting)
+        return QueryEngineAnswerer(name, engine, settings, first_line=setting.prompt != NATIVE)
+
+    def search(
+        self,
+        name: str,
+        candidates: Sequence[S],
+        ask: Callable[[S, str], str],
+        settings: dict[str, Any],
+    ) -> tuple[S, float]:
+        """The best of some settings on the written questions, and the seconds of the search.
+
+        A search that was done before in this folder is not done again.
+
+        Raises:
+            ConfigError: no questions can be written.
+        """
+        questions = list(self.tuning_questions())
+        if not questions:
+            raise ConfigError(
+                f"no questions could be written from the corpus to tune {name} on; leave out the "
+                "arms that need them"
+            )
+        content = [_plain(candidates), [[q.text, *q.answers] for q in questions], settings]
+        key = row_key({"search": content}, EvalQuestion(name, name, ()))
+        path = self.work / f"tuning-{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get("key") != key:
+            found = self._searched(name, candidates, ask, questions) | {"key": key}
+            write_json(path, found)
+        self.searches[name] = found
+        return candidates[found["best"]], float(found["seconds"])
+
+    def _searched(
+        self,
+        name: str,
+        candidates: Sequence[S],
+        ask: Callable[[S, str], str],
+        questions: Sequence[EvalQuestion],
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        tuned = tune(ask, questions, candidates, stage=f"tune {name}", on_progress=self.on_progress)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "best": candidates.index(tuned.best), "tried": _told(tuned)}
+
+    # What answers depend on, and what was done before.
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What the answers of the base model depend on."""
+        base = self.manifest.training
+        return {
+            "base_model": base.get("base_model"),
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": str(self.memory.model.base.dtype),
+            "device": str(self.memory.model.device),
+        }
+
+    @property
+    def memory_settings(self) -> dict[str, Any]:
+        """What the answers of the memory depend on."""
+        return self.model_settings | {
+            "memory": self.manifest.files[WEIGHTS]["sha256"][:16],
+            "lambda": self.memory.model.memory_lambda,
+            "encoder": self.memory.encoder.name if self.memory.encoder else None,
+        }
+
+    def retrieval_settings(self, arm: str) -> dict[str, Any]:
+        """What the passages found depend on."""
+        return {
+            "corpus": self.documents(arm).fingerprint[:16],
+            "embedding": self.embedding.model_name,
+        }
+
+    @property
+    def memory_setup(self) -> Setup:
+        """The training, from the memory's own manifest."""
+        names = (CONFIG, WEIGHTS, MANIFEST, CARD)
+        size = sum(p.stat().st_size for name in names if (p := self.folder / name).is_file())
+        seconds = float(self.manifest.figures.get("total_seconds", 0.0))
+        return Setup({"training": seconds}, fixed={"memory": size}, trained=True)
+
+
+def sentence_encoder(memory: MemoryModel) -> QueryEncoder:
+    """The memory's own encoder where it is one of sentences, else MiniLM."""
+    if isinstance(memory.encoder, SentenceEncoder):
+        return memory.encoder
+    from sentence_transformers import SentenceTransformer
+
+    path = str(embedded_model_path(MINILM))
+    return SentenceEncoder(MINILM, SentenceTransformer(path, device=str(memory.model.device)))
+
+
+def _plain(settings: Sequence[Any]) -> list[Any]:
+    return [asdict(s) if is_dataclass(s) and not isinstance(s, type) else s for s in settings]
+
+
+def _told(tuned: Tuned[S]) -> list[dict[str, Any]]:
+    def told(tried: Tried[S]) -> dict[str, Any]:
+        return {"setting": _plain([tried.setting])[0], "f1": tried.f1, "n": tried.n}
+
+    return [told(tried) for tried in tuned.tried]
