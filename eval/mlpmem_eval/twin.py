@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import MLPMemForCausalLM
 
@@ -18,12 +20,11 @@ def sharing_base(memory: MemoryModel, replacement: torch.nn.Module, lambda_: flo
         replacement: has `log_probs`, `corpus_tokens` and `config` as a `Memory` has.
         lambda_: mixing weight of the twin; it has no gate and no confidence.
     """
-    base: torch.nn.Module = memory.model.base
-    shared: dict[int, object] = {id(module): module for module in base.modules()}
-    shared[id(memory.model.memory)] = replacement
-    model: MLPMemForCausalLM = copy.deepcopy(memory.model, shared)
-    model.gate = None
-    model.memory_lambda = lambda_
+    config = copy.deepcopy(memory.model.config)
+    config.gate, config.memory_lambda = None, lambda_
+    model = MLPMemForCausalLM(config, memory.model.base, cast(Memory, replacement))
+    model.tokenizer, model.query_encoder = memory.tokenizer, memory.encoder
+    torch.nn.Module.eval(model)
     return _answering(memory, model)
 
 
