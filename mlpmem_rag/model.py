@@ -207,7 +207,7 @@ class MLPMemForCausalLM(AugmentedLM):
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,  # noqa: ANN401
