@@ -222,6 +222,7 @@ def test_options_it_does_not_know_are_refused(tmp_path: Path, model: MLPMemForCa
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="max_memory: not for a memory"):
         MLPMemForCausalLM.from_pretrained(tmp_path, max_memory={0: "1GB"})
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
     for load in (AutoModelForCausalLM, MLPMemForCausalLM):
         with pytest.raises(ConfigError, match="quantization_config: not for a memory"):
             load.from_pretrained(
