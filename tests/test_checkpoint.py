@@ -225,9 +225,7 @@ def test_options_it_does_not_know_are_refused(tmp_path: Path, model: MLPMemForCa
     eight_bits = BitsAndBytesConfig(load_in_8bit=True)
     for load in (AutoModelForCausalLM, MLPMemForCausalLM):
         with pytest.raises(ConfigError, match="quantization_config: not for a memory"):
-            load.from_pretrained(
-                tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
-            )
+            load.from_pretrained(tmp_path, quantization_config=eight_bits)
     with pytest.raises(ConfigError, match=r"lambda = 1\.5"):
         MLPMemForCausalLM.from_pretrained(tmp_path, memory_lambda=1.5)
 
