@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import initialization as init
 
 from mlpmem_rag import base_tokenizer as base_tokenizer  # registers itself
 from mlpmem_rag import checkpoint
@@ -73,6 +74,13 @@ class MLPMemForCausalLM(AugmentedLM):
         self._tap_layers(config.layer)
         self.base.requires_grad_(False)
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """What transformers does to weights that a checkpoint lacks."""
+        parent: Any = super()
+        parent._init_weights(module)
+        if isinstance(module, Memory):
+            init.copy_(module.corpus_tokens, torch.arange(module.config.vocab_size))
 
     @property
     def query_size(self) -> int:
@@ -199,9 +207,9 @@ class MLPMemForCausalLM(AugmentedLM):
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
@@ -219,12 +227,14 @@ class MLPMemForCausalLM(AugmentedLM):
             BaseModelError: the base model cannot be loaded.
             ConfigError: an option that this model does not take.
         """
+        load: Any = super().from_pretrained
+        if pretrained_model_name_or_path is None:  # weights are given as state_dict
+            return load(None, *args, **kwargs)
         source = checkpoint.fetch(os.fspath(pretrained_model_name_or_path), kwargs)
         if not source.merged:
             return _load_beside(source, kwargs)
         if kwargs.pop("base_model", None) is not None:
             raise _base_inside(source)
-        load: Any = super().from_pretrained
         loaded = load(source.folder, *args, **kwargs)
         model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base.requires_grad_(False)  # transformers has put new parameters in place

@@ -14,7 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    pipeline,
+)
 
 from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, save_artifact
@@ -216,6 +222,10 @@ def test_options_it_does_not_know_are_refused(tmp_path: Path, model: MLPMemForCa
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="max_memory: not for a memory"):
         MLPMemForCausalLM.from_pretrained(tmp_path, max_memory={0: "1GB"})
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
+    for load in (AutoModelForCausalLM, MLPMemForCausalLM):
+        with pytest.raises(ConfigError, match="quantization_config: not for a memory"):
+            load.from_pretrained(tmp_path, quantization_config=eight_bits)
     with pytest.raises(ConfigError, match=r"lambda = 1\.5"):
         MLPMemForCausalLM.from_pretrained(tmp_path, memory_lambda=1.5)
 
