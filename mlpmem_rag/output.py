@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,15 @@ def is_memory(folder: Path) -> bool:
 
 
 @contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
+def output_folder(
+    out: Path, *, kind: str = "memory", is_ours: Callable[[Path], bool] = is_memory
+) -> Iterator[Path]:
     """Make or check the output folder, hold its lock, and yield its working folder.
+
+    Args:
+        out: the folder.
+        kind: what is written to it, as messages say it.
+        is_ours: whether a folder that is not empty holds one already.
 
     Raises:
         OutputError: `out` is a file, holds something else, cannot be written, or is in use.
@@ -35,9 +42,9 @@ def output_folder(out: Path) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file; give a new folder")
     try:
-        if out.is_dir() and not is_memory(out) and (names := [p.name for p in out.iterdir()]):
+        if out.is_dir() and not is_ours(out) and (names := [p.name for p in out.iterdir()]):
             raise OutputError(
-                f"--out {out} is not empty and holds no memory ({', '.join(sorted(names)[:3])}); "
+                f"--out {out} is not empty and holds no {kind} ({', '.join(sorted(names)[:3])}); "
                 "give a new or empty folder"
             )
         work.mkdir(parents=True, exist_ok=True)

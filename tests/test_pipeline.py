@@ -829,20 +829,18 @@ def test_a_self_study_without_an_encoder_or_held_out_documents(
 def test_a_self_study_on_other_families(
     tmp_path: Path, family_folder: Path, source: Path, study_config: TrainConfig
 ) -> None:
-    quick = replace(study_config, distill=DistillConfig(epochs=1, batch_rows=512))
-    out = tmp_path / "memory"
-    report = train(source, out=out, config=quick, base_model=str(family_folder))
-    assert report.study is not None
-    memory = MemoryModel.load(out, device="cpu", dtype="float32")
-    assert memory.answer("Who found wild honey?", max_new_tokens=3).new_tokens <= 3
+    check_self_study(source, tmp_path / "memory", study_config, family_folder)
 
 
 def test_a_self_study_with_a_tokenizer_without_special_tokens(
     tmp_path: Path, bare_folder: Path, source: Path, study_config: TrainConfig
 ) -> None:
-    quick = replace(study_config, distill=DistillConfig(epochs=1, batch_rows=256))
-    out = tmp_path / "memory"
-    report = train(source, out=out, config=quick, base_model=str(bare_folder))
+    check_self_study(source, tmp_path / "memory", study_config, bare_folder)
+
+
+def check_self_study(source: Path, out: Path, config: TrainConfig, base_model: Path) -> None:
+    quick = replace(config, distill=DistillConfig(epochs=1, batch_rows=512))
+    report = train(source, out=out, config=quick, base_model=str(base_model))
     assert report.study is not None
     memory = MemoryModel.load(out, device="cpu", dtype="float32")
     assert memory.answer("Who found wild honey?", max_new_tokens=3).new_tokens <= 3
