@@ -29,7 +29,6 @@ DOCUMENTS = "documents.json"
 PASSAGE_TOKENS = 64
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
