@@ -30,6 +30,7 @@ from mlpmem_rag.memory import Memory
 from mlpmem_rag.neighbors import Neighbors, import_faiss
 from mlpmem_rag.output import is_memory, output_folder
 from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
+from mlpmem_rag.preparation import Prepared, prepare, run_key
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE
@@ -40,11 +41,8 @@ from mlpmem_rag.targets import Targets, derive_tau
 from mlpmem_rag.training import (
     MEMORY_LAMBDA,
     STAGES,
-    Prepared,
     Stages,
     Tuned,
-    prepare,
-    run_key,
 )
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlpmem_rag import __version__
-from mlpmem_rag.artifact import MemorySettings, sha256
-from mlpmem_rag.backbone import Backbone, load_backbone, mlp_shape, output_embedding
+from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.backbone import mlp_shape, output_embedding
 from mlpmem_rag.calibrate import (
     ASKED_OPENING,
     Calibration,
@@ -30,10 +29,8 @@ from mlpmem_rag.calibrate import (
 )
 from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.contexts import Contexts, encode_contexts
-from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.datastore import Datastore, build_datastore
-from mlpmem_rag.distill import DistillConfig, DistillReport, Rows, distill
-from mlpmem_rag.errors import CorpusError
+from mlpmem_rag.distill import DistillConfig, DistillReport, Lesson, Rows, distill
 from mlpmem_rag.familiarity import find_prototypes, num_prototypes
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.heldout import (
@@ -50,11 +47,10 @@ from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.plan import FINISHING
-from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
+from mlpmem_rag.progress import OnProgress
 from mlpmem_rag.query import load_encoder
 from mlpmem_rag.questions import (
-    BASE_MODEL,
-    WRITERS,
     Question,
     load_questions,
     save_questions,
@@ -64,7 +60,7 @@ from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_second
 from mlpmem_rag.storage import write_json
 from mlpmem_rag.study import StudyRows, study_rows
 from mlpmem_rag.targets import Targets, build_targets, teacher_probability
-from mlpmem_rag.windows import TokenArray, Window, make_windows, tokenize
+from mlpmem_rag.windows import TokenArray
 from mlpmem_rag.writers import write_questions
 
 STAGES = (
@@ -78,8 +74,6 @@ STAGES = (
     "calibration",
     "refit",
 )
-MIN_ROWS = 128
-"""Fewer tokens than this hold nothing that a distribution could be learned from."""
 DEFAULT_LAMBDA = 0.25
 """Where nothing could be held out to choose it (paper, WikiText)."""
 UNVALIDATED_EPOCHS = 3
@@ -87,51 +81,6 @@ MIN_STEPS = 600
 """Fewer leave even a small memory unfinished."""
 MEMORY_LAMBDA = 1.0
 """Of a memory with a gate, which lowers it token by token."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A corpus, cut into windows for a base model."""
-
-    corpus: Corpus
-    backbone: Backbone
-    windows: list[Window]
-    tokens: int
-
-
-def prepare(
-    source: str | Path | Corpus,
-    config: TrainConfig,
-    *,
-    strict: bool = False,
-    exclude: Path | None = None,
-    on_progress: OnProgress = ignore_progress,
-) -> Prepared:
-    """Read the documents, load the base model, cut windows.
-
-    Raises:
-        CorpusError: fewer than `MIN_ROWS` tokens to learn.
-    """
-    corpus = (
-        source
-        if isinstance(source, Corpus)
-        else read_corpus(source, strict=strict, exclude=exclude, on_progress=on_progress)
-    )
-    on_progress(ProgressEvent("base model", 0, 1, "model"))
-    backbone = load_backbone(
-        config.base_model, layer=config.layer, device=config.device, dtype=config.dtype
-    )
-    on_progress(ProgressEvent("base model", 1, 1, "model"))
-    token_ids = tokenize(corpus.documents, backbone.tokenizer, on_progress=on_progress)
-    length = min(config.window, backbone.context_window)
-    windows = make_windows(token_ids, length=length, stride=length // 2)
-    rows = sum(window.num_rows for window in windows)
-    if rows < MIN_ROWS:
-        raise CorpusError(
-            f"the corpus has {rows} tokens to learn in {len(corpus.documents)} document(s); "
-            f"at least {MIN_ROWS} are needed, a few paragraphs. Add documents"
-        )
-    return Prepared(corpus, backbone, windows, sum(len(ids) for ids in token_ids))
 
 
 @dataclass(frozen=True)
@@ -232,17 +181,16 @@ class Stages:
             return mixture_nll(p_base[0], p_memory, best_lambda(p_base[0], p_memory))
 
         key = self._after("targets", asdict(optimisation(config)), config.alpha, config.size)
-        with self._stage("distil", key) as (folder, _):
-            report = distill(
-                memory,
-                lesson,
-                split.train,
-                optimisation(config),
-                folder,
-                validate=validation_loss if validated else None,
-                stop_epoch=None if validated else UNVALIDATED_EPOCHS,
-                on_progress=self._on_progress,
-            )
+        report = self._distil(
+            "distil",
+            key,
+            memory,
+            lesson,
+            split.train,
+            optimisation(config),
+            validate=validation_loss if validated else None,
+            stop_epoch=None if validated else UNVALIDATED_EPOCHS,
+        )
         return memory, report
 
     def tune(
@@ -281,18 +229,15 @@ class Stages:
     def refit(self, datastore: Datastore, targets: Targets, epochs: int) -> Memory:
         """The same training with all rows, for as many epochs as were best."""
         memory = self._blank(datastore)
-        with self._stage("refit", self._after("distil", epochs)) as (folder, _):
-            distill(
-                memory,
-                self._text_lesson(datastore, targets, memory),
-                np.arange(datastore.num_rows),
-                optimisation(self._config),
-                folder,
-                validate=None,
-                stop_epoch=epochs,
-                stage="refit",
-                on_progress=self._on_progress,
-            )
+        self._distil(
+            "refit",
+            self._after("distil", epochs),
+            memory,
+            self._text_lesson(datastore, targets, memory),
+            np.arange(datastore.num_rows),
+            optimisation(self._config),
+            stop_epoch=epochs,
+        )
         return memory
 
     def questions(self) -> list[Question]:
@@ -358,16 +303,14 @@ class Stages:
         key = self._after("targets", self._keys["study"], settings, len(text_rows))
         rows = curriculum_rows(datastore, studied, text_rows, questions)
         self._familiarise(memory, studied, questions)
-        with self._stage("distil", key) as (folder, _):
-            report = distill(
-                memory,
-                self._curriculum(datastore, targets, studied, memory),
-                rows,
-                long_enough(optimisation(config), len(rows)),
-                folder,
-                validate=None,
-                on_progress=self._on_progress,
-            )
+        report = self._distil(
+            "distil",
+            key,
+            memory,
+            self._curriculum(datastore, targets, studied, memory),
+            rows,
+            long_enough(optimisation(config), len(rows)),
+        )
         return memory, report
 
     def calibrate(
@@ -417,22 +360,45 @@ class Stages:
         epochs = max(1, round(FINISHING * config.epochs))
         config = replace(config, epochs=epochs, learning_rate=config.learning_rate / 2)
         self._familiarise(memory, studied, np.arange(len(studied.questions)))
-        with self._stage("refit", self._after("distil", asdict(config))) as (folder, _):
-            distill(
-                memory,
-                self._curriculum(datastore, targets, studied, memory),
-                np.arange(num_rows),
-                config,
-                folder,
-                validate=None,
-                stage="refit",
-                on_progress=self._on_progress,
-            )
+        self._distil(
+            "refit",
+            self._after("distil", asdict(config)),
+            memory,
+            self._curriculum(datastore, targets, studied, memory),
+            np.arange(num_rows),
+            config,
+        )
         return memory
 
     def seconds(self) -> dict[str, float]:
         """Time of each stage, also of those that an earlier run has done."""
         return {name: stage_seconds(self._work / name) for name in self._keys}
+
+    def _distil(
+        self,
+        stage: str,
+        key: str,
+        memory: Memory,
+        lesson: Lesson,
+        rows: Rows,
+        config: DistillConfig,
+        *,
+        validate: Callable[[Memory], float] | None = None,
+        stop_epoch: int | None = None,
+    ) -> DistillReport:
+        """One training of a memory, in the folder of its stage."""
+        with self._stage(stage, key) as (folder, _):
+            return distill(
+                memory,
+                lesson,
+                rows,
+                config,
+                folder,
+                validate=validate,
+                stop_epoch=stop_epoch,
+                stage=stage,
+                on_progress=self._on_progress,
+            )
 
     def _settings(self, memory: Memory) -> MemorySettings:
         backbone = self._prepared.backbone
@@ -539,30 +505,3 @@ def root_mean_square(keys: npt.NDArray[np.float16], sample: int = 20_000) -> flo
     """Of a sample of rows. *Shape:* (N, D) -> ()."""
     step = max(1, len(keys) // sample)
     return float(np.sqrt(np.square(keys[::step].astype(np.float32)).mean()))
-
-
-def datastore_key(prepared: Prepared, config: TrainConfig) -> str:
-    """What decides the keys: documents, base model, layer, windows, number format."""
-    reference = prepared.backbone.reference
-    return stage_key(
-        prepared.corpus.fingerprint,
-        (reference.weights, reference.tokenizer, config.layer),
-        (config.window, config.device, config.dtype),
-    )
-
-
-def question_sources(prepared: Prepared, config: TrainConfig) -> list[str]:
-    """Writers by name and version, files by what is in them, the base model by its weights."""
-    sources = [__version__]
-    for name in config.questions:
-        path = Path(name)
-        sources.append(sha256(path) if name not in WRITERS and path.is_file() else name)
-        if name == BASE_MODEL:
-            sources.append(prepared.backbone.reference.weights)
-    return sources
-
-
-def run_key(prepared: Prepared, config: TrainConfig) -> str:
-    """What decides the whole memory."""
-    settings = (asdict(config), question_sources(prepared, config))
-    return stage_key(datastore_key(prepared, config), settings)

@@ -51,6 +51,7 @@ from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.plan import Plan
+from mlpmem_rag.preparation import MIN_ROWS
 from mlpmem_rag.progress import OnProgress, ProgressEvent
 from mlpmem_rag.questions import load_questions
 from mlpmem_rag.report import TrainReport
@@ -58,7 +59,6 @@ from mlpmem_rag.scoring import exact_match
 from mlpmem_rag.split import split_rows
 from mlpmem_rag.storage import folder_bytes
 from mlpmem_rag.study import StudyRows
-from mlpmem_rag.training import MIN_ROWS
 from mlpmem_rag.windows import make_windows, tokenize
 
 STAGES = (
