@@ -32,6 +32,8 @@ from mlpmem_rag.tap import HiddenTap as HiddenTap
 DEFAULT_DEPTH = 0.7
 """Relative depth of the layer whose hidden states are the keys (paper, section 5.5)."""
 
+STORED = "stored"
+
 
 @dataclass(frozen=True)
 class MLPShape:
@@ -162,7 +164,7 @@ def load_backbone(
         name_or_path: what to load; embedded names need no network.
         layer: index of the decoder layer to tap, negative from the end; None: 70 % of depth.
         device: `auto`, `cpu`, `cuda`.
-        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`; `stored`: as its files have it.
         revision: commit or branch on the hub.
 
     Raises:
@@ -170,7 +172,7 @@ def load_backbone(
         ConfigError: layer, device or dtype outside what is allowed.
     """
     torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
+    torch_dtype = None if dtype == STORED else resolve_dtype(dtype, torch_device)
     model, tokenizer = _load(name_or_path, revision)
     num_layers = len(decoder_layers(model))
     reference = BaseReference(
@@ -181,12 +183,24 @@ def load_backbone(
         vocab_size=model.get_output_embeddings().weight.shape[0],
     )
     nn.Module.to(model, device=torch_device).eval().requires_grad_(False)
-    for parameter in model.parameters():
+    for parameter in model.parameters() if torch_dtype else ():
         # Not model.to(dtype): that would round the buffers too, rotary frequencies among them.
         parameter.data = parameter.data.to(torch_dtype)
     backbone = Backbone(model, tokenizer, resolve_layer(layer, num_layers), reference)
     _check_causal(backbone)  # refuse now rather than in the middle of the work
     return backbone
+
+
+def load_referenced(
+    reference: BaseReference, given: str | None, *, device: str, dtype: str
+) -> Backbone:
+    """The base model that a memory names, or the one given in its stead; see `load_backbone`.
+
+    Whether it is the right one, `artifact.check_base` tells.
+    """
+    if given is not None:
+        return load_backbone(given, device=device, dtype=dtype)
+    return load_backbone(reference.name, revision=reference.revision, device=device, dtype=dtype)
 
 
 def _check_causal(backbone: Backbone) -> None:

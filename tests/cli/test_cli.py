@@ -363,6 +363,30 @@ def test_inspect_works_without_the_training_files(run: Run, memory: Path, tmp_pa
 # Errors.
 
 
+def test_export_with_the_base_inside_needs_no_base_model(
+    run: Run, memory: Path, library: MemoryModel, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The base model is taken away: the copy answers all the same, in each command."""
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    whole = tmp_path / "whole"
+    found = run("export", memory, "--out", whole, "--merge-base", "--base-model", base)
+    assert found.code == 0, found.err
+    assert re.search(rf"\d kB\. Ask it: mlpmem-rag ask {whole}", found.out)
+    shutil.rmtree(base)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["base"]["name"] == str(tiny_folder)
+    asked = run("ask", whole, QUESTIONS[0], "--max-new-tokens", 8, *TINY)
+    assert asked.out == f"{library.answer(QUESTIONS[0], max_new_tokens=8).text}\n"
+    shown = json.loads(run("inspect", whole, "--json").out)
+    assert set(shown["files"]) >= {"tokenizer.json", "model.safetensors"}
+    assert shown["settings"]["layer"] == library.model.config.layer
+    alone = run("export", whole, "--out", tmp_path / "alone", "--name-base")
+    assert alone.code == 0, alone.err
+    assert (tmp_path / "alone" / WEIGHTS).read_bytes() == (memory / WEIGHTS).read_bytes()
+    assert not (tmp_path / "alone" / WORK).exists()
+    assert "the memory itself" in run("export", memory, "--out", memory).error()
+
+
 @pytest.mark.parametrize("command", ["ask", "chat", "inspect"])
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_damaged_memory_is_one_line(
