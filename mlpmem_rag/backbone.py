@@ -229,6 +229,12 @@ def _load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedT
                 f"base model {name!r} is an encoder-decoder ({config.model_type}); "
                 "a decoder-only causal language model is needed"
             )
+        if quantised := getattr(config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise BaseModelError(
+                f"base model {name!r} is quantised ({method}); a memory needs the weights as they "
+                "were published, give the unquantised model"
+            )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
