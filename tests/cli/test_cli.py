@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--dtype", "float32")
 QUESTIONS = ["Who found wild honey?", "Why?", "What was sold for 42 crowns?"]
 ANSWER_KEYS = ["answer", "confidence", "seconds", "ttft_seconds", "prompt_tokens", "new_tokens"]
+COMMANDS = ("train", "plan", "ask", "chat", "inspect", "questions", "export", "convert", "lm-eval")
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 
 
@@ -576,7 +577,7 @@ def test_no_color_is_honoured_in_a_terminal(
     assert bool(COLOUR.search(result.out + result.err)) != no_color
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["ask"], ["chat"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_every_command_has_help(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.code == 0
@@ -592,7 +593,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
 from mlpmem_cli.app import main
-for command in ([], ["train"], ["plan"], ["ask"], ["chat"], ["inspect"]):
+for command in ([], *([name] for name in sys.argv[1:])):
     sys.argv = ["mlpmem-rag", *command, "--help"]
     try:
         main()
@@ -602,7 +603,7 @@ heavy = {"torch", "transformers", "faiss", "llama_index", "sentence_transformers
 print("imported:", sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *COMMANDS],
         env=subprocess_environment(),
         capture_output=True,
         text=True,
