@@ -123,7 +123,7 @@ def no_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         pytest.fail("the base model was loaded")
 
-    monkeypatch.setattr("mlpmem_rag.model.load_backbone", fail)
+    monkeypatch.setattr("mlpmem_rag.model.load_referenced", fail)
 
 
 # What is saved comes back.
