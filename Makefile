@@ -1,13 +1,13 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-transformers coverage lint format wheel clean
+.PHONY: help setup demo test test-slow test-transformers test-lm-eval coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## create .venv with everything that the other targets use
 
@@ -35,6 +35,12 @@ test-slow: setup ## run the tests on real models
 
 test-transformers: setup ## run transformers' own model tests on a tiny memory
 	$(BIN)/python .ci/transformers_tests.py
+
+# The harness brings 27 packages and 315 MB, pandas and pyarrow among them, for this one test.
+test-lm-eval: setup ## install lm-evaluation-harness and run it on a tiny memory
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[lm-eval]'
+	$(BIN)/pytest tests/test_harness.py -rs
 
 coverage: setup ## run the tests and list the lines that none of them reached
 	$(BIN)/pytest --cov --cov-report=term

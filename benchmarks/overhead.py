@@ -3,8 +3,8 @@
     python -m benchmarks.overhead MEMORY [--rounds 20] [--prompt 256] [--steps 32]
 
 Each round times base and memory one after the other, in turns of order; the figure is the median
-of the rounds' ratios, with its quartiles. A bootstrap is of no use here: what differs between
-rounds is the machine's other load.
+of the rounds' ratios, with its 95 % confidence interval from their order alone, since what differs
+between rounds is the machine's other load.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from scipy.stats import quantile_test
 from torch import Tensor
 
 from mlpmem_rag.hardware import dtype_name
@@ -66,10 +67,15 @@ def measured(model: MLPMemForCausalLM, rounds: int, prompt: int, steps: int) -> 
         name: {
             "base_ms": 1e3 * statistics.median(b[place] for b, _ in pairs),
             "memory_ms": 1e3 * statistics.median(m[place] for _, m in pairs),
-            "ratio": statistics.quantiles((m[place] / b[place] for b, m in pairs), n=4),
+            **median_of([m[place] / b[place] for b, m in pairs]),
         }
         for place, name in enumerate(("prefill", "decode, a token"))
     }
+
+
+def median_of(ratios: list[float]) -> dict[str, Any]:
+    interval = quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    return {"ratio": statistics.median(ratios), "interval_95": [interval.low, interval.high]}
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mlpmem_rag.backbone import BaseReference
 from mlpmem_rag.confidence import Confidence
@@ -30,6 +31,8 @@ FORMAT_VERSION = 2
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 SAFETENSORS = ".safetensors"
+INSIDE = "memory."
+"""Begins the names of a memory's tensors where its base model's lie beside them."""
 MANIFEST = "manifest.json"
 CARD = "README.md"
 WORK = "work"
@@ -184,7 +187,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its checksum.
 
     Raises:
-        ArtifactError: a file is missing or changed; both values are named.
+        ArtifactError: a file is missing, changed (both values are named) or outside the folder.
     """
     if not any(name.endswith(SAFETENSORS) for name in manifest.files):
         raise ArtifactError(f"{folder / MANIFEST} lists no {WEIGHTS}; train again")
@@ -193,6 +196,8 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         path = folder / name
         if entry is None:
             raise ArtifactError(f"{folder / MANIFEST} lists no {name}; train again")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{folder / MANIFEST} lists {name}, which is not in the folder")
         if not path.is_file():
             raise ArtifactError(f"{path} is missing; train again or copy the folder anew")
         if name != CARD and (found := sha256(path)) != entry.get("sha256"):
@@ -202,16 +207,18 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def load_memory(folder: Path, config: MemoryConfig) -> Memory:
+def load_memory(folder: Path, config: MemoryConfig, *, inside: bool = False) -> Memory:
     """Read the weights into a memory of the given shape.
+
+    Args:
+        folder: with the safetensors.
+        config: the shape.
+        inside: whether the base model's weights lie in the same files.
 
     Raises:
         ArtifactError: file damaged, other tensors or shapes than configured, values not finite.
     """
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train again") from error
+    tensors = _memory_tensors(folder, INSIDE if inside else "")
     try:
         with torch.device("meta"):
             memory = Memory(config)
@@ -230,8 +237,24 @@ def load_memory(folder: Path, config: MemoryConfig) -> Memory:
             )
         if found.is_floating_point() and not math.isfinite(found.abs().sum().item()):
             raise ArtifactError(f"{folder / WEIGHTS}: tensor {name} is not finite; train again")
+    # A copy: it alone would keep the whole file mapped after a cast of the weights.
+    tensors["corpus_tokens"] = tensors["corpus_tokens"].clone()
     memory.load_state_dict({name: tensors[name] for name in memory.state_dict()}, assign=True)
     return memory.eval()
+
+
+def _memory_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors whose names begin so, by the rest of their names."""
+    files = sorted(folder.glob(f"*{SAFETENSORS}")) if prefix else [folder / WEIGHTS]
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                tensors |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); train again") from error
+    return tensors
 
 
 def check_base(settings: MemorySettings, given: BaseReference) -> None:

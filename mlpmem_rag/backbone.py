@@ -6,11 +6,9 @@ families: the decoder layers and, inside one, the MLP sublayer are found by thei
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +27,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.embedded import embedded_model_path
 from mlpmem_rag.errors import BaseModelError, ConfigError
 from mlpmem_rag.hardware import resolve_device, resolve_dtype
+from mlpmem_rag.tap import HiddenTap as HiddenTap
 
 DEFAULT_DEPTH = 0.7
 """Relative depth of the layer whose hidden states are the keys (paper, section 5.5)."""
+
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -53,49 +54,6 @@ class BaseReference:
     weights: str
     tokenizer: str
     vocab_size: int
-
-
-class HiddenTap:
-    """Collects the input of one module while the base model runs in the same thread."""
-
-    def __init__(self, module: nn.Module, *, stop: bool = False) -> None:
-        self._module = module
-        self._stop = stop
-        self._captured: Tensor | None = None
-
-    @property
-    def hidden(self) -> Tensor:
-        """The captured input. *Shape:* (B, T, D), or (B*T, D) where the model flattens it."""
-        if self._captured is None:
-            raise BaseModelError(
-                "the base model ran without its tapped MLP sublayer: its layer stack is not "
-                "standard; choose another base model"
-            )
-        return self._captured
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[HiddenTap]:
-        """Capture during the `with` block; forward passes of other threads are not seen."""
-        owner = threading.get_ident()
-
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != owner:
-                return
-            self._captured = args[0] if args else next(iter(kwargs.values()))
-            if self._stop:
-                raise _ReachedTap
-
-        handle = self._module.register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            yield self
-        except _ReachedTap:
-            pass
-        finally:
-            handle.remove()
-
-
-class _ReachedTap(Exception):  # noqa: N818  control flow, not an error
-    """Raised at the tapped module: no later layer needs to run."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +164,7 @@ def load_backbone(
         name_or_path: what to load; embedded names need no network.
         layer: index of the decoder layer to tap, negative from the end; None: 70 % of depth.
         device: `auto`, `cpu`, `cuda`.
-        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`; `stored`: as its files have it.
         revision: commit or branch on the hub.
 
     Raises:
@@ -214,7 +172,7 @@ def load_backbone(
         ConfigError: layer, device or dtype outside what is allowed.
     """
     torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
+    torch_dtype = None if dtype == STORED else resolve_dtype(dtype, torch_device)
     model, tokenizer = _load(name_or_path, revision)
     num_layers = len(decoder_layers(model))
     reference = BaseReference(
@@ -225,12 +183,24 @@ def load_backbone(
         vocab_size=model.get_output_embeddings().weight.shape[0],
     )
     nn.Module.to(model, device=torch_device).eval().requires_grad_(False)
-    for parameter in model.parameters():
+    for parameter in model.parameters() if torch_dtype else ():
         # Not model.to(dtype): that would round the buffers too, rotary frequencies among them.
         parameter.data = parameter.data.to(torch_dtype)
     backbone = Backbone(model, tokenizer, resolve_layer(layer, num_layers), reference)
     _check_causal(backbone)  # refuse now rather than in the middle of the work
     return backbone
+
+
+def load_referenced(
+    reference: BaseReference, given: str | None, *, device: str, dtype: str
+) -> Backbone:
+    """The base model that a memory names, or the one given in its stead; see `load_backbone`.
+
+    Whether it is the right one, `artifact.check_base` tells.
+    """
+    if given is not None:
+        return load_backbone(given, device=device, dtype=dtype)
+    return load_backbone(reference.name, revision=reference.revision, device=device, dtype=dtype)
 
 
 def _check_causal(backbone: Backbone) -> None:
@@ -258,6 +228,12 @@ def _load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedT
             raise BaseModelError(
                 f"base model {name!r} is an encoder-decoder ({config.model_type}); "
                 "a decoder-only causal language model is needed"
+            )
+        if quantised := getattr(config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise BaseModelError(
+                f"base model {name!r} is quantised ({method}); a memory needs the weights as they "
+                "were published, give the unquantised model"
             )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

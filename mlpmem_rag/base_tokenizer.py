@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -34,7 +33,8 @@ class BaseTokenizer(PreTrainedTokenizerFast):
             kwargs.pop(name, None)
         config = AutoConfig.from_pretrained(folder, revision=revision)
         if isinstance(config, MemoryStackConfig):  # all of its memories have the same base
-            return cls.from_pretrained(Path(folder) / next(iter(config.members)), *args, **kwargs)
+            member = next(iter(config.members))
+            config = AutoConfig.from_pretrained(folder, subfolder=member, revision=revision)
         if config.base is None:
             raise ArtifactError(
                 f"{pretrained_model_name_or_path} names no base model and has no tokenizer of its "

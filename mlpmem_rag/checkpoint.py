@@ -28,6 +28,7 @@ from mlpmem_rag.artifact import (
     MANIFEST,
     WORK,
     Manifest,
+    MemorySettings,
     load_manifest,
     parse_settings,
     read_json,
@@ -38,6 +39,7 @@ from mlpmem_rag.artifact import (
 from mlpmem_rag.backbone import BaseReference, tokenizer_fingerprint, weights_fingerprint
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.storage import write_json
 
 if TYPE_CHECKING:
@@ -93,15 +95,15 @@ def open_folder(folder: Path) -> Provenance:
     return Provenance(folder, manifest, (folder / CARD).read_text(encoding="utf-8"), merged)
 
 
-def fetch(name: str, options: dict[str, Any]) -> Provenance:
-    """Open a local folder, or download a repository and open that.
+def fetch(name: str, options: dict[str, Any]) -> Path:
+    """A local folder, or what was downloaded from a repository.
 
     Args:
         name: folder or repository.
         options: those of transformers' `from_pretrained` that are about downloads are taken out.
 
     Raises:
-        ArtifactError: neither is there, or its files are not as its manifest says.
+        ArtifactError: neither is there.
     """
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
     hub = {n: v for n in names if (v := options.pop(n, None)) is not None}
@@ -118,7 +120,7 @@ def fetch(name: str, options: dict[str, Any]) -> Provenance:
                 f"{name} is neither a folder nor a repository that can be fetched ({reason}); "
                 "give a folder written by mlpmem-rag train"
             ) from error
-    return open_folder(Path(name) / subfolder)
+    return Path(name) / subfolder
 
 
 def reference_of(
@@ -148,28 +150,30 @@ def save_memory(model: MLPMemForCausalLM, folder: Path) -> None:
             "merge_base=False, but the base model of this memory has no name to load it by; "
             "save it with merge_base=True"
         )
-    settings = parse_settings(config.to_dict())
-    manifest, card = _origin(model)
+    save_alone(folder, parse_settings(config.to_dict()), model.memory, *_origin(model))
+
+
+def save_alone(
+    folder: Path, settings: MemorySettings, memory: Memory, manifest: Manifest, card: str
+) -> None:
+    """`save_artifact`, and nothing stays of what the folder held of an earlier memory."""
     earlier = _listed(folder)
-    save_artifact(folder, settings, model.memory, manifest, card)
+    save_artifact(folder, settings, memory, manifest, card)
     _remove(folder, earlier - _listed(folder))
     with contextlib.suppress(OSError):  # not empty: a training's own
         (folder / WORK).rmdir()
 
 
 def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], None]) -> None:
-    """Write all that answering needs; an earlier memory there is replaced, manifest last.
+    """Write all that answering needs.
 
     Args:
         model: what is saved.
-        folder: where to.
+        folder: where to; an earlier memory there is replaced.
         write: writes configuration and weights as transformers does.
     """
-    staged = folder / STAGED
-    earlier = _listed(folder)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
+
+    def fill(staged: Path) -> None:
         write(staged)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staged)
@@ -177,13 +181,40 @@ def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], 
             encoder(staged / ENCODER)
         manifest, card = _origin(model)
         (staged / CARD).write_text(card, encoding="utf-8")
-        names = sorted(p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file())
         files = {
-            name: {"sha256": sha256(staged / name), "bytes": (staged / name).stat().st_size}
-            for name in names
+            path.relative_to(staged).as_posix(): {
+                "sha256": sha256(path),
+                "bytes": path.stat().st_size,
+            }
+            for path in sorted(staged.rglob("*"))
+            if path.is_file()
         }
         write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
-        for name in (*names, MANIFEST):  # everything is on the disk: only renames are left
+
+    _replace(folder, fill)
+
+
+def copy_memory(source: Provenance, folder: Path) -> None:
+    """Write the same files to another folder: what the manifest lists, no training's own."""
+
+    def fill(staged: Path) -> None:
+        for name in (*source.manifest.files, MANIFEST):
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / name, staged / name)
+
+    _replace(folder, fill)
+
+
+def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Put a memory into a folder once all of it is written; the manifest comes last."""
+    staged = folder / STAGED
+    earlier = _listed(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        fill(staged)
+        files = load_manifest(staged).files
+        for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staged / name).replace(folder / name)
         _remove(folder, earlier - set(files))

@@ -21,19 +21,16 @@ from mlpmem_rag import base_tokenizer as base_tokenizer  # registers itself
 from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import MemorySettings, check_base, load_memory, load_settings
 from mlpmem_rag.augmented import AugmentedLM
-from mlpmem_rag.backbone import Backbone, load_backbone, resolve_layer
+from mlpmem_rag.backbone import Backbone, load_referenced, resolve_layer
 from mlpmem_rag.checkpoint import Provenance
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate
-from mlpmem_rag.hardware import dtype_name, resolve_device, resolve_dtype
+from mlpmem_rag.hardware import resolve_device, resolve_dtype
+from mlpmem_rag.load_options import refuse_quantization, taken_options
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.mixing import check_lambda, mix
-from mlpmem_rag.query import QueryEncoder, load_encoder
-
-IGNORED = ("_from_auto", "_from_pipeline", "trust_remote_code", "adapter_kwargs", "use_safetensors",
-    "low_cpu_mem_usage", "weights_only")  # fmt: skip
-"""Options of transformers that change nothing here: there is no code to trust, nothing pickled."""
+from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
 
 
 class MLPMemForCausalLM(AugmentedLM):
@@ -94,9 +91,8 @@ class MLPMemForCausalLM(AugmentedLM):
         Raises:
             ArtifactError: its vectors are not of the width that the memory reads.
         """
-        if self._encoder is None and self.query_size:
-            self._encoder = load_encoder(self.encoder_source, self.backbone)
-            check_encoder(self._encoder, self.encoder_source, self.query_size)
+        if self._encoder is None:
+            self._encoder = fitting_encoder(self.encoder_source, self.backbone, self.query_size)
         return self._encoder
 
     @query_encoder.setter
@@ -230,11 +226,13 @@ class MLPMemForCausalLM(AugmentedLM):
         load: Any = super().from_pretrained
         if pretrained_model_name_or_path is None:  # weights are given as state_dict
             return load(None, *args, **kwargs)
-        source = checkpoint.fetch(os.fspath(pretrained_model_name_or_path), kwargs)
+        folder = checkpoint.fetch(os.fspath(pretrained_model_name_or_path), kwargs)
+        source = checkpoint.open_folder(folder)
         if not source.merged:
             return _load_beside(source, kwargs)
         if kwargs.pop("base_model", None) is not None:
             raise _base_inside(source)
+        refuse_quantization(kwargs)
         loaded = load(source.folder, *args, **kwargs)
         model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base.requires_grad_(False)  # transformers has put new parameters in place
@@ -243,19 +241,6 @@ class MLPMemForCausalLM(AugmentedLM):
         if (source.folder / "tokenizer_config.json").is_file():
             checkpoint.adopt_tokenizer(model, AutoTokenizer.from_pretrained(source.folder))
         return loaded
-
-
-def check_encoder(encoder: QueryEncoder | None, name: str, expected: int) -> None:
-    """Refuse an encoder whose vectors the memory cannot read.
-
-    Raises:
-        ArtifactError: they are of another width.
-    """
-    if (found := encoder.size if encoder else 0) != expected:
-        raise ArtifactError(
-            f"query encoder {name!r} gives vectors of width {found}, the memory was trained with "
-            f"width {expected}; load the encoder it was trained with, or train again"
-        )
 
 
 def attach_memory(
@@ -322,78 +307,28 @@ def _on_its_base(
     dtype: str,
 ) -> MLPMemForCausalLM:
     memory = load_memory(source.folder, settings.memory)
-    backbone = load_backbone(
-        base_model or settings.base.name,
-        revision=None if base_model else settings.base.revision,
-        device=device,
-        dtype=dtype,
-    )
+    backbone = load_referenced(settings.base, base_model, device=device, dtype=dtype)
     model = attach_memory(backbone, memory, settings)
     model.provenance = source
     return model
 
 
-def _load_beside(source: Provenance, options: dict[str, Any]) -> Any:  # noqa: ANN401
+def _load_beside(source: Provenance, given: dict[str, Any]) -> Any:  # noqa: ANN401
     """`from_pretrained` of a memory whose base model is elsewhere."""
-    given = options.pop("config", None)
-    for name in IGNORED:
-        options.pop(name, None)
-    base_model = options.pop("base_model", None)
-    attention = options.pop("attn_implementation", None)
-    generation_config = options.pop("generation_config", None)
-    with_info = options.pop("output_loading_info", False)
-    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
-    device = one_device(options.pop("device_map", None))
-    config, options = (
-        (given, options)
-        if isinstance(given, MLPMemConfig)
-        else MLPMemConfig.from_pretrained(source.folder, return_unused_kwargs=True, **options)
-    )
-    refuse_options(options)
+    options = taken_options(source.folder, given)
     settings = replace(
         load_settings(source.folder),
-        memory_lambda=check_lambda(config.memory_lambda),
-        memory_temperature=config.memory_temperature,
+        memory_lambda=check_lambda(options.config.memory_lambda),
+        memory_temperature=options.config.memory_temperature,
     )
-    dtype = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
-    model = _on_its_base(source, settings, base_model, device, dtype)
-    if attention is not None:
-        model.base.set_attn_implementation(attention)
-    if generation_config is not None:
-        model.generation_config = model.base.generation_config = generation_config
+    model = _on_its_base(source, settings, options.base_model, options.device, options.dtype)
+    if options.attention is not None:
+        model.base.set_attn_implementation(options.attention)
+    if options.generation_config is not None:
+        model.generation_config = model.base.generation_config = options.generation_config
     nothing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
-    return (model, {**nothing, "mismatched_keys": [], "error_msgs": []}) if with_info else model
-
-
-def refuse_options(options: Mapping[str, Any]) -> None:
-    """Say which options of `from_pretrained` cannot be followed.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    if options:
-        raise ConfigError(
-            f"{', '.join(sorted(options))}: not for a memory whose base model is elsewhere; load "
-            "it without, or save it with merge_base=True and load that"
-        )
-
-
-def one_device(device_map: object) -> str:
-    """The device that a `device_map` names.
-
-    Raises:
-        ConfigError: it spreads the model over several.
-    """
-    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
-    place = places[0] if len(set(map(str, places))) == 1 else None
-    if (place is None and device_map is not None) or str(place) in ("balanced", "sequential"):
-        raise ConfigError(
-            f"device_map = {device_map}: base model and memory stay together; give one device, or "
-            "save the memory with merge_base=True and load that"
-        )
-    if place is None:
-        return "cpu"
-    return f"cuda:{place}" if isinstance(place, int) else str(place)
+    info = {**nothing, "mismatched_keys": [], "error_msgs": []}
+    return (model, info) if options.with_info else model
 
 
 def _base_inside(source: Provenance) -> ConfigError:

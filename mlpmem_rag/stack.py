@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +24,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmem_rag import checkpoint
-from mlpmem_rag.artifact import MemorySettings, check_base, load_memory, load_settings
+from mlpmem_rag.artifact import load_settings
 from mlpmem_rag.augmented import AugmentedLM
-from mlpmem_rag.backbone import Backbone, load_backbone, resolve_layer
+from mlpmem_rag.backbone import Backbone, load_referenced
 from mlpmem_rag.base_tokenizer import BaseTokenizer
-from mlpmem_rag.checkpoint import Provenance
 from mlpmem_rag.configuration import MemoryStackConfig
-from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.hardware import dtype_name
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.load_options import IGNORED, named_dtype, one_device, refuse_options
+from mlpmem_rag.members import Member, open_member, slices
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.mixing import Share, check_lambda, gated_weight, mixture
-from mlpmem_rag.model import (
-    IGNORED,
-    MLPMemForCausalLM,
-    attach_memory,
-    check_encoder,
-    keep_weights,
-    one_device,
-    refuse_options,
-)
-from mlpmem_rag.query import POOLED, QueryEncoder, load_encoder
+from mlpmem_rag.model import MLPMemForCausalLM, attach_memory, keep_weights, load_model
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
-
-
-@dataclass(frozen=True)
-class Member:
-    """What a stack knows of one memory besides its weights."""
-
-    settings: MemorySettings
-    provenance: Provenance | None
-    encoder: QueryEncoder | None
-
-    @property
-    def view(self) -> str:
-        """The same for memories whose encoders give the same vectors."""
-        settings = self.settings
-        return f"{POOLED} {settings.layer}" if settings.encoder == POOLED else settings.encoder
 
 
 class MemoryStack(AugmentedLM):
@@ -99,7 +75,8 @@ class MemoryStack(AugmentedLM):
 
         Args:
             folders: of the memories, by the names they are to have.
-            base_model: where to take the base from when its place has changed.
+            base_model: where to take the base from when its place has changed. Without it, the
+                one that the first folder names, or has inside.
             device: `auto`, `cpu`, `cuda`.
             dtype: `auto`, `float32`, `bfloat16`, `float16`.
 
@@ -109,11 +86,12 @@ class MemoryStack(AugmentedLM):
         """
         if not folders:
             raise ConfigError("a stack needs a memory to know its base model; give one folder")
-        first = load_settings(Path(next(iter(folders.values())))).base
-        revision = None if base_model else first.revision
-        backbone = load_backbone(
-            base_model or first.name, revision=revision, device=device, dtype=dtype
-        )
+        first = checkpoint.open_folder(Path(next(iter(folders.values()))))
+        if first.merged and base_model is None:
+            _, backbone, _ = load_model(first.folder, device=device, dtype=dtype)
+        else:
+            base = load_settings(first.folder).base
+            backbone = load_referenced(base, base_model, device=device, dtype=dtype)
         stack = cls(backbone)
         for name, folder in folders.items():
             stack.add(name, folder)
@@ -138,21 +116,11 @@ class MemoryStack(AugmentedLM):
                 f"a memory cannot be named {name!r}: allowed are letters, digits, - and _, and "
                 f"each name once (taken: {', '.join(self._members) or 'none'})"
             )
-        source = checkpoint.open_folder(Path(folder))
-        if source.merged:
-            raise ArtifactError(
-                f"{folder} holds a base model of its own; save that memory with merge_base=False"
-            )
-        settings = load_settings(source.folder)
-        check_base(settings, self.backbone.reference)
-        layer = resolve_layer(settings.layer, self.backbone.num_layers)
-        settings = replace(settings, layer=layer)
-        weight = settings.memory_lambda if lambda_ is None else check_lambda(lambda_)
-        memory = load_memory(source.folder, settings.memory)
-        encoder = self._encoder_of(settings)
+        weight = None if lambda_ is None else check_lambda(lambda_)
+        member, memory = open_member(Path(folder), self.backbone, self._members.values())
         self.memories[name] = memory.to(device=self.device, dtype=self.base.dtype)
-        self._members[name] = Member(settings, source, encoder)
-        self.config.members[name] = weight
+        self._members[name] = member
+        self.config.members[name] = member.settings.memory_lambda if weight is None else weight
         self._changed()
 
     def remove(self, name: str) -> None:
@@ -182,7 +150,7 @@ class MemoryStack(AugmentedLM):
     @property
     def query_size(self) -> int:
         """Q: the vectors of all different encoders, one after the other."""
-        return sum(size for _, size in self._slices().values())
+        return max((part.stop for part in slices(self._members.values()).values()), default=0)
 
     def encode_queries(self, texts: Sequence[str]) -> Tensor:
         """Query vectors of texts, as each different encoder sees them. *Shape:* (B, Q)."""
@@ -215,8 +183,7 @@ class MemoryStack(AugmentedLM):
         assert isinstance(memory, Memory)
         view, asked = None, False  # type: Tensor | None, bool | Tensor
         if query is not None and settings.memory.query_size:
-            start, size = self._slices()[member.view]
-            view = query[:, start : start + size]  # (B, Q_i)
+            view = query[:, slices(self._members.values())[member.view]]  # (B, Q_i)
             asked = view.ne(0).any(-1, keepdim=True)  # (B, 1)
         log_probs = memory.log_probs(
             states[settings.layer],
@@ -226,27 +193,6 @@ class MemoryStack(AugmentedLM):
         tokens = memory.corpus_tokens
         weight = gated_weight(base, log_probs, tokens, lambda_, settings.gate, asked=asked)
         return Share(log_probs, tokens, weight)
-
-    def _slices(self) -> dict[str, tuple[int, int]]:
-        """Where each encoder's vector lies: its start and its width."""
-        slices: dict[str, tuple[int, int]] = {}
-        for member in self._members.values():
-            size = member.settings.memory.query_size
-            if size and member.view not in slices:
-                slices[member.view] = (sum(s for _, s in slices.values()), size)
-        return slices
-
-    def _encoder_of(self, settings: MemorySettings) -> QueryEncoder | None:
-        """The encoder of a memory, shared with the memories that have the same."""
-        if not settings.memory.query_size:
-            return None
-        wanted = Member(settings, None, None).view
-        for member in self._members.values():
-            if member.view == wanted:
-                return member.encoder
-        encoder = load_encoder(settings.encoder, replace(self.backbone, layer=settings.layer))
-        check_encoder(encoder, settings.encoder, settings.memory.query_size)
-        return encoder
 
     def _changed(self) -> None:
         self._tap_layers(*{member.settings.layer for member in self._members.values()})
@@ -262,9 +208,27 @@ class MemoryStack(AugmentedLM):
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
-        **_: Any,  # noqa: ANN401
+        *,
+        merge_base: bool | None = None,
+        push_to_hub: bool = False,
+        **options: Any,  # noqa: ANN401
     ) -> None:
-        """Write each memory to a folder of its own, below a `config.json` that names them."""
+        """Write each memory to a folder of its own, below a `config.json` that names them.
+
+        Args:
+            save_directory: the folder.
+            merge_base: only single memories can have their base model inside.
+            push_to_hub: upload it, too.
+            **options: as in transformers; those that are about weights change nothing here.
+
+        Raises:
+            ConfigError: `merge_base=True`.
+        """
+        if merge_base:
+            raise ConfigError(
+                "a stack names its base model and never holds it; save one memory with "
+                "stack.single(name).save_pretrained(folder, merge_base=True)"
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name, member in self._members.items():
@@ -277,6 +241,13 @@ class MemoryStack(AugmentedLM):
             self.config.save_pretrained(folder)
         finally:
             self.config.base_config = inside
+        if push_to_hub:
+            hub = {n: options[n] for n in checkpoint.HUB_OPTIONS if n in options}
+            checkpoint.upload(folder, hub.pop("repo_id", folder.name), **hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]  # noqa: ANN401
+        """Save and upload; `options` as in transformers. Returns the address of the commit."""
+        return checkpoint.save_and_upload(self.save_pretrained, repo_id, **options)
 
     def single(self, name: str) -> MLPMemForCausalLM:
         """One of the memories alone on the same base model, at its weight in the stack.
@@ -301,20 +272,20 @@ class MemoryStack(AugmentedLM):
         device_map: str | None = None,
         **options: Any,  # noqa: ANN401
     ) -> MemoryStack:
-        """Load what `save_pretrained` wrote, from a local folder; see `load`.
+        """Load what `save_pretrained` wrote, from a folder or a hub repository; see `load`.
 
         Raises:
+            ArtifactError: it is neither, or a memory in it is damaged.
             ConfigError: an option of transformers that a stack cannot follow.
         """
-        given = {n: v for n, v in options.items() if n not in IGNORED and v is not None}
-        refuse_options(given)
-        folder = Path(pretrained_model_name_or_path)
+        folder = checkpoint.fetch(os.fspath(pretrained_model_name_or_path), options)
+        refuse_options({n: v for n, v in options.items() if n not in IGNORED and v is not None})
         config = config or MemoryStackConfig.from_pretrained(folder)
         stack = cls.load(
             {name: folder / name for name in config.members},
             base_model=base_model,
             device=one_device(device_map),
-            dtype=dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype or "auto",
+            dtype=named_dtype(dtype),
         )
         for name, weight in config.members.items():
             stack.set_lambda(name, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.corpus import Document
@@ -145,6 +147,18 @@ def tiny_backbone(tiny_folder: Path) -> Backbone:
 
 
 @pytest.fixture(scope="session")
+def sentence_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A sentence-transformers model of the tiny Llama's own weights, width 32."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    folder = tmp_path_factory.mktemp("models") / "sentences"
+    transformer = Transformer(str(tiny_folder), max_seq_length=32)
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_documents() -> list[Document]:
     """Sixteen documents of one to five sentences."""
     return [
@@ -200,3 +214,35 @@ def memory_on() -> Callable[..., MLPMemForCausalLM]:
         return attach_memory(backbone, memory, replace(found, **settings))
 
     return make
+
+
+class FolderHub:
+    """Stands in for the hub's client and for what downloads from it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create_repo(self, repo_id: str, **_: object) -> Any:  # noqa: ANN401
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        return type("Repository", (), {"repo_id": repo_id})()
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str | None = None, **_: object
+    ) -> str:
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        return f"{repo_id}: {commit_message}"
+
+    def download(self, name: str, **options: Any) -> str:  # noqa: ANN401
+        assert not any(p.endswith((".py", ".bin", ".pt", "*")) for p in options["allow_patterns"])
+        if not (self.root / name).is_dir():
+            raise OSError(f"Repository {name} not found")
+        return str(self.root / name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderHub:
+    """A hub below a folder."""
+    there = FolderHub(tmp_path / "hub")
+    monkeypatch.setattr(checkpoint, "HfApi", lambda token=None: there)
+    monkeypatch.setattr(checkpoint, "snapshot_download", there.download)
+    return there

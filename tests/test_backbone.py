@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,6 @@ from transformers import (
 
 from mlpmem_rag.backbone import (
     Backbone,
-    HiddenTap,
     MLPShape,
     context_window,
     load_backbone,
@@ -35,6 +36,7 @@ from mlpmem_rag.backbone import (
     tokenizer_fingerprint,
 )
 from mlpmem_rag.errors import BaseModelError, ConfigError
+from mlpmem_rag.tap import HiddenTap
 
 VOCABULARY = 300
 LLAMA_LIKE = ("model.layers.{}.mlp", "silu", True)
@@ -272,6 +274,25 @@ def test_damaged_folders_are_refused(tmp_path: Path, tiny_folder: Path, damage: 
         save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(BaseModelError, match="copy"):
         load(folder)
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    """Whether or not what would load it is installed."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match=r"copy' is quantised \(bitsandbytes\); .*unquantised"):
+        load(folder)
+
+
+def test_the_stored_number_format_can_be_kept(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "half"))
+    half: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float16)
+    half.save_pretrained(folder)
+    for stored, dtype in ((folder, torch.float16), (tiny_folder, torch.float32)):
+        found = load(stored, dtype="stored").model
+        assert {parameter.dtype for parameter in found.parameters()} == {dtype}
 
 
 # What identifies it.

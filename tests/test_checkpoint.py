@@ -222,10 +222,6 @@ def test_options_it_does_not_know_are_refused(tmp_path: Path, model: MLPMemForCa
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="max_memory: not for a memory"):
         MLPMemForCausalLM.from_pretrained(tmp_path, max_memory={0: "1GB"})
-    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
-    for load in (AutoModelForCausalLM, MLPMemForCausalLM):
-        with pytest.raises(ConfigError, match="quantization_config: not for a memory"):
-            load.from_pretrained(tmp_path, quantization_config=eight_bits)
     with pytest.raises(ConfigError, match=r"lambda = 1\.5"):
         MLPMemForCausalLM.from_pretrained(tmp_path, memory_lambda=1.5)
 
@@ -394,43 +390,22 @@ def test_a_failed_save_leaves_the_earlier_memory(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_quantisation_is_refused_by_both_forms(tmp_path: Path, model: MLPMemForCausalLM) -> None:
+    for merge in (False, True):
+        model.save_pretrained(tmp_path / str(merge), merge_base=merge)
+        for load in (AutoModelForCausalLM, MLPMemForCausalLM):
+            with pytest.raises(ConfigError, match="quantization_config: not for a memory"):
+                load.from_pretrained(
+                    tmp_path / str(merge), quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+                )
+
+
 # To the hub and back, with a hub that is a folder.
 
 
-class FolderHub:
-    """Stands in for the hub's client."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def create_repo(self, repo_id: str, **_: object) -> Any:  # noqa: ANN401
-        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
-        return type("Repository", (), {"repo_id": repo_id})()
-
-    def upload_folder(
-        self, *, repo_id: str, folder_path: Path, commit_message: str | None = None, **_: object
-    ) -> str:
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-        return f"{repo_id}: {commit_message}"
-
-    def download(self, name: str, **options: Any) -> str:  # noqa: ANN401
-        assert not any(p.endswith((".py", ".bin", ".pt", "*")) for p in options["allow_patterns"])
-        if not (self.root / name).is_dir():
-            raise OSError(f"Repository {name} not found")
-        return str(self.root / name)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderHub:
-    """A hub below a folder."""
-    there = FolderHub(tmp_path / "hub")
-    monkeypatch.setattr(checkpoint, "HfApi", lambda token=None: there)
-    monkeypatch.setattr(checkpoint, "snapshot_download", there.download)
-    return there
-
-
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("merge", [False, True])
-def test_pushed_to_a_hub_and_fetched(hub: FolderHub, model: MLPMemForCausalLM, merge: bool) -> None:
+def test_pushed_to_a_hub_and_fetched(model: MLPMemForCausalLM, merge: bool) -> None:
     address = model.push_to_hub("me/memory", merge_base=merge, commit_message="First")
     assert address == "me/memory: First"
     loaded = MLPMemForCausalLM.from_pretrained("me/memory", dtype="float32")
@@ -439,7 +414,8 @@ def test_pushed_to_a_hub_and_fetched(hub: FolderHub, model: MLPMemForCausalLM, m
     assert loaded.provenance.merged == merge
 
 
-def test_saving_can_push_too(tmp_path: Path, hub: FolderHub, model: MLPMemForCausalLM) -> None:
+@pytest.mark.usefixtures("hub")
+def test_saving_can_push_too(tmp_path: Path, model: MLPMemForCausalLM) -> None:
     model.save_pretrained(tmp_path / "memory", push_to_hub=True, repo_id="me/other")
     loaded = MLPMemForCausalLM.from_pretrained("me/other", dtype="float32")
     assert torch.equal(logits(loaded), logits(model))
@@ -467,15 +443,13 @@ def test_a_pipeline_takes_the_folder(tmp_path: Path, model: MLPMemForCausalLM) -
 
 
 def test_a_sentence_encoder_travels_inside(
-    tmp_path: Path, backbone: Backbone, memory_on: MemoryOn, base_folder: Path
+    tmp_path: Path,
+    backbone: Backbone,
+    memory_on: MemoryOn,
+    base_folder: Path,
+    sentence_folder: Path,
 ) -> None:
-    """The encoder is a sentence-transformers model of the tiny base model's own weights."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    transformer = Transformer(str(base_folder), max_seq_length=32)
-    folder = tmp_path / "sentences"
-    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(folder))
+    folder = Path(shutil.copytree(sentence_folder, tmp_path / "sentences"))
     model = memory_on(backbone, query_size=32, encoder=str(folder))
     expected = model.encode_queries(["Who found the lamps?"])
     model.save_pretrained(tmp_path / "memory", merge_base=True)

@@ -61,6 +61,21 @@ def model(tiny_backbone: Backbone, memory_on: Callable[..., MLPMemForCausalLM]) 
     return memory_on(tiny_backbone, query_size=QUERY, gate=GATE, lambda_=0.5)
 
 
+@pytest.fixture(scope="module")
+def by_dtype(
+    tiny_backbone: Backbone, memory_on: Callable[..., MLPMemForCausalLM]
+) -> dict[torch.dtype, Any]:
+    """The same, its weights in each number format."""
+    models: dict[torch.dtype, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        base = copy.deepcopy(tiny_backbone.model)
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(dtype)
+        backbone = Backbone(base, tiny_backbone.tokenizer, 2, tiny_backbone.reference)
+        models[dtype] = memory_on(backbone, query_size=QUERY, gate=GATE, lambda_=0.5)
+    return models
+
+
 def vectors(count: int) -> Tensor:
     drawn = torch.randn(count, QUERY, generator=torch.Generator().manual_seed(8))
     return torch.nn.functional.normalize(drawn, dim=-1)
@@ -76,6 +91,12 @@ def padded() -> tuple[Tensor, Tensor]:
 
 def generate(model: Any, ids: Tensor, mode: str, cache: str, **inputs: object) -> Tensor:  # noqa: ANN401
     """New tokens, from the same random state each time."""
+    new: Tensor = generated(model, ids, mode, cache, **inputs)[:, ids.shape[1] :]
+    return new
+
+
+def generated(model: Any, ids: Tensor, mode: str, cache: str, **inputs: object) -> Any:  # noqa: ANN401
+    """All that `generate` returns."""
     settings = {
         "eos_token_id": None,
         "pad_token_id": PAD,
@@ -89,9 +110,7 @@ def generate(model: Any, ids: Tensor, mode: str, cache: str, **inputs: object) -
     inputs = {"attention_mask": torch.ones_like(ids), **inputs}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        out = model.generate(ids, generation_config=GenerationConfig(**settings), **inputs)
-    new: Tensor = out[:, ids.shape[1] :]
-    return new
+        return model.generate(ids, generation_config=GenerationConfig(**settings), **inputs)
 
 
 @pytest.mark.parametrize(("mode", "cache"), CASES)
@@ -129,17 +148,10 @@ def test_samples_of_one_prompt_differ(model: Any) -> None:  # noqa: ANN401
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_each_token_is_the_best_in_every_dtype(
-    tiny_backbone: Backbone,
-    memory_on: Callable[..., MLPMemForCausalLM],
-    dtype: torch.dtype,
-    cache: str,
+    by_dtype: dict[torch.dtype, Any], dtype: torch.dtype, cache: str
 ) -> None:
     """To rounding: in half precision, a cache may turn a near tie."""
-    base = copy.deepcopy(tiny_backbone.model)
-    for parameter in base.parameters():
-        parameter.data = parameter.data.to(dtype)
-    backbone = Backbone(base, tiny_backbone.tokenizer, 2, tiny_backbone.reference)
-    model: Any = memory_on(backbone, query_size=QUERY, gate=GATE, lambda_=0.5)
+    model = by_dtype[dtype]
     assert {p.dtype for p in model.parameters()} == {dtype}
     ids, mask = padded()
     new = generate(model, ids, "greedy", cache, attention_mask=mask, query_vector=vectors(2))
@@ -151,6 +163,37 @@ def test_each_token_is_the_best_in_every_dtype(
         chosen = out[row.shape[1] - 1 : -1].gather(1, new[number][:, None])[:, 0]
         slack = 1e-4 if dtype == torch.float32 else 0.15
         assert torch.all(best - chosen <= slack), best - chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mode", "cache"), CASES)
+def test_in_half_precision_each_step_sees_what_a_whole_pass_sees(
+    by_dtype: dict[torch.dtype, Any], mode: str, cache: str, dtype: torch.dtype
+) -> None:
+    """In every mode, from a left-padded batch where transformers takes one."""
+    ids, mask = (ROWS[1], torch.ones_like(ROWS[1])) if mode in ASSISTED else padded()
+    query = vectors(len(ids))
+    noted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    given = {"attention_mask": mask, "query_vector": query, **noted}
+    found = generated(by_dtype[dtype], ids, mode, cache, **given)
+    copies = len(found.sequences) // len(ids)
+    assert found.sequences.shape == (copies * len(ids), ids.shape[1] + NEW)
+    whole_mask = torch.nn.functional.pad(mask.repeat_interleave(copies, 0), (0, NEW), value=1)
+    with torch.no_grad():
+        out = by_dtype[dtype](
+            input_ids=found.sequences,
+            attention_mask=whole_mask,
+            position_ids=(whole_mask.cumsum(-1) - 1).clamp_min(0),
+            query_vector=query.repeat_interleave(copies, 0),
+        ).logits[:, ids.shape[1] - 1 : -1]
+    if "num_beams" in MODES[mode]:
+        chosen = out.gather(-1, found.sequences[:, ids.shape[1] :, None]).sum((1, 2))
+        length = NEW ** MODES[mode].get("length_penalty", 1.0)
+        torch.testing.assert_close(found.sequences_scores, chosen / length, atol=0.15, rtol=0)
+    else:
+        steps = torch.stack(found.logits, 1)
+        likely = out > -6  # where rounding is small beside the probability
+        torch.testing.assert_close(steps[likely], out[likely], atol=0.3, rtol=0)
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 1.0])
@@ -172,10 +215,47 @@ def test_at_the_ends_one_side_is_alone(
             assert set(found.flatten().tolist()) <= tokens, "what the memory knows"
 
 
-def test_streamed_text_is_the_whole(model: Any, tiny_backbone: Backbone) -> None:  # noqa: ANN401
+@pytest.mark.parametrize(
+    ("mode", "cache"),
+    [case for case in CASES if not {"num_beams", "num_return_sequences"} & {*MODES[case[0]]}],
+)
+def test_streamed_text_is_the_whole(
+    model: Any,  # noqa: ANN401
+    tiny_backbone: Backbone,
+    mode: str,
+    cache: str,
+) -> None:
+    """Wherever transformers takes a streamer."""
+    given = {"query_vector": vectors(1)}
     streamer = TextIteratorStreamer(tiny_backbone.tokenizer, skip_prompt=True)
-    new = generate(model, ROWS[1], "greedy", "dynamic", query_vector=vectors(1), streamer=streamer)
+    new = generate(model, ROWS[1], mode, cache, streamer=streamer, **given)
     assert "".join(streamer) == tiny_backbone.tokenizer.decode(new[0])
+    assert torch.equal(new, generate(model, ROWS[1], mode, cache, **given))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("mode", ["greedy", "penalised", "sampling"])
+def test_a_stop_string_cuts_what_would_have_come(
+    model: Any,  # noqa: ANN401
+    tiny_backbone: Backbone,
+    mode: str,
+    cache: str,
+) -> None:
+    tokenizer, given = tiny_backbone.tokenizer, {"query_vector": vectors(1)}
+    free = generate(model, ROWS[1], mode, cache, **given)[0]
+    stop = tokenizer.decode(free[6])
+    length = next(n for n in range(1, NEW + 1) if stop in tokenizer.decode(free[:n]))
+    inputs = {"stop_strings": [stop], "tokenizer": tokenizer, **given}
+    assert torch.equal(generate(model, ROWS[1], mode, cache, **inputs)[0], free[:length])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_new_request_knows_nothing_of_the_one_before(model: Any, cache: str) -> None:  # noqa: ANN401
+    """transformers keeps a static cache for the next call."""
+    plain = generate(model, ROWS[1], "greedy", cache)
+    asked = generate(model, ROWS[1], "greedy", cache, query_vector=vectors(1))
+    assert not torch.equal(plain, asked)
+    assert torch.equal(generate(model, ROWS[1], "greedy", cache), plain)
 
 
 def test_logits_processors_see_log_probabilities_of_the_mixture(model: Any) -> None:  # noqa: ANN401

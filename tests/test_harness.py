@@ -15,7 +15,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.model import MLPMemForCausalLM
 
-pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: make test-lm-eval")
 
 PEOPLE = ("Ines Maro", "the night watchman", "Dr. Tollen", "two surveyors")
 CHOICE = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,15 +236,70 @@ def test_memories_of_another_base_are_refused(
     assert list(stack.lambdas) == ["plain", "gated", "asked"]
 
 
-def test_a_memory_with_its_base_inside_is_refused(
-    tmp_path: Path,
-    folders: dict[str, Path],
-    stack: Any,  # noqa: ANN401
+def test_memories_with_their_base_inside_need_no_other(
+    tmp_path: Path, tiny_folder: Path, memory_on: MemoryOn
 ) -> None:
-    alone = MLPMemForCausalLM.from_pretrained(folders["plain"])
-    alone.save_pretrained(tmp_path / "merged", merge_base=True)
-    with pytest.raises(ArtifactError, match="merge_base=False"):
-        stack.add("merged", tmp_path / "merged")
+    """Beside memories that name it, too; whichever comes first."""
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    backbone = load_backbone(str(base), device="cpu", dtype="float32")
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"seed": 1, "layer": 1},
+        "asked": {"seed": 2, "layer": 2, "query_size": 32, "encoder": "pooled"},
+    }
+    for name, kind in kinds.items():
+        model = memory_on(backbone, **kind)
+        model.save_pretrained(tmp_path / "alone" / name)
+        options: dict[str, Any] = {"max_shard_size": "60KB"} if name == "asked" else {}
+        model.save_pretrained(tmp_path / "merged" / name, merge_base=True, **options)
+    query = torch.nn.functional.normalize(torch.randn(2, 32), dim=-1)
+    alone: Any = MemoryStack.load({n: tmp_path / "alone" / n for n in kinds}, dtype="float32")
+    expected = logits(alone, query_vector=query)
+    beside: Any = MemoryStack.load(
+        {"plain": tmp_path / "alone/plain", "asked": tmp_path / "merged/asked"}, dtype="float32"
+    )
+    assert torch.equal(logits(beside, query_vector=query), expected)
+    shutil.rmtree(base)
+    merged: Any = MemoryStack.load({n: tmp_path / "merged" / n for n in kinds}, dtype="float32")
+    assert torch.equal(logits(merged, query_vector=query), expected)
+    given = merged.encode_queries(["Who found wild honey?"])
+    torch.testing.assert_close(given, alone.encode_queries(["Who found wild honey?"]))
+    merged.remove("plain")
+    merged.add("plain", tmp_path / "alone/plain")
+    assert torch.equal(logits(merged, query_vector=query), expected)
+
+
+def test_an_encoder_inside_a_folder_is_used(
+    tmp_path: Path, tiny_backbone: Backbone, memory_on: MemoryOn, sentence_folder: Path
+) -> None:
+    encoder = Path(shutil.copytree(sentence_folder, tmp_path / "sentences"))
+    model = memory_on(tiny_backbone, query_size=32, encoder=str(encoder))
+    expected = model.encode_queries(["Who found wild honey?"])
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    shutil.rmtree(encoder)
+    stack: Any = MemoryStack.load({"asked": tmp_path / "merged"}, dtype="float32")
+    torch.testing.assert_close(stack.encode_queries(["Who found wild honey?"]), expected)
+
+
+@pytest.mark.usefixtures("hub")
+def test_pushed_to_a_hub_and_fetched(tmp_path: Path, stack: Any) -> None:  # noqa: ANN401
+    stack.set_lambda("plain", 0.25)
+    assert stack.push_to_hub("me/stack", commit_message="Three") == "me/stack: Three"
+    stack.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/again")
+    for name in ("me/stack", "me/again"):
+        loaded: Any = MemoryStack.from_pretrained(name, dtype="float32")
+        assert loaded.lambdas == stack.lambdas
+        assert torch.equal(logits(loaded), logits(stack))
+    with pytest.raises(ArtifactError, match="me/none is neither a folder nor a repository"):
+        MemoryStack.from_pretrained("me/none")
+
+
+def test_a_stack_never_holds_its_base(tmp_path: Path, stack: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ConfigError, match=r"stack\.single\(name\)\.save_pretrained"):
+        stack.save_pretrained(tmp_path / "stack", merge_base=True)
+    assert not (tmp_path / "stack").exists()
+    stack.single("plain").save_pretrained(tmp_path / "plain", merge_base=True)
+    loaded: Any = MLPMemForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(loaded), logits(stack.single("plain")))
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b", "..", "plain", "items"])

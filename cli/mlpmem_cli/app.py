@@ -17,6 +17,7 @@ from mlpmem_cli.ask import ask
 from mlpmem_cli.chat import chat
 from mlpmem_cli.compare import compare
 from mlpmem_cli.convert import convert
+from mlpmem_cli.export import export
 from mlpmem_cli.inspect import inspect
 from mlpmem_cli.lm_eval import lm_eval
 from mlpmem_cli.plan import plan
@@ -40,6 +41,7 @@ app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
 app.command()(questions)
+app.command()(export)
 app.command()(convert)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     lm_eval

@@ -21,7 +21,7 @@ def ask(
     ] = None,
     max_new_tokens: options.MaxNewTokensOption = 128,
     lambda_: options.LambdaOption = None,
-    base_model: options.BaseModelOption = None,
+    base_model: options.BasePlaceOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
     threshold: options.ThresholdOption = 0.0,

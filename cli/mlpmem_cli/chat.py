@@ -17,7 +17,7 @@ def chat(
     memory: options.MemoryArgument,
     max_new_tokens: options.MaxNewTokensOption = 256,
     lambda_: options.LambdaOption = None,
-    base_model: options.BaseModelOption = None,
+    base_model: options.BasePlaceOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
 ) -> None:

@@ -11,7 +11,7 @@ def lm_eval(
     context: typer.Context,
     memory: options.MemoryArgument,
     lambda_: options.LambdaOption = None,
-    base_model: options.BaseModelOption = None,
+    base_model: options.BasePlaceOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
 ) -> None:

@@ -55,6 +55,13 @@ BaseModelOption = Annotated[
     str | None,
     typer.Option(help="Hub id, local folder or embedded name. [default: smollm2-135m-instruct]"),
 ]
+BasePlaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        help="Where the memory's base model is now. [default: as the memory names it]",
+    ),
+]
 SizeOption = Annotated[Size | None, typer.Option(help="Size of the memory. [default: base]")]
 LayerOption = Annotated[
     int | None, typer.Option(help="Decoder layer to read. [default: at 70 % of the depth]")

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--dtype", "float32")
 QUESTIONS = ["Who found wild honey?", "Why?", "What was sold for 42 crowns?"]
 ANSWER_KEYS = ["answer", "confidence", "seconds", "ttft_seconds", "prompt_tokens", "new_tokens"]
+COMMANDS = ("train", "plan", "ask", "chat", "inspect", "questions", "export", "convert", "lm-eval")
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 
 
@@ -363,6 +364,30 @@ def test_inspect_works_without_the_training_files(run: Run, memory: Path, tmp_pa
 # Errors.
 
 
+def test_export_with_the_base_inside_needs_no_base_model(
+    run: Run, memory: Path, library: MemoryModel, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The base model is taken away: the copy answers all the same, in each command."""
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    whole = tmp_path / "whole"
+    found = run("export", memory, "--out", whole, "--merge-base", "--base-model", base)
+    assert found.code == 0, found.err
+    assert re.search(rf"\d kB\. Ask it: mlpmem-rag ask {whole}", found.out)
+    shutil.rmtree(base)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["base"]["name"] == str(tiny_folder)
+    asked = run("ask", whole, QUESTIONS[0], "--max-new-tokens", 8, *TINY)
+    assert asked.out == f"{library.answer(QUESTIONS[0], max_new_tokens=8).text}\n"
+    shown = json.loads(run("inspect", whole, "--json").out)
+    assert set(shown["files"]) >= {"tokenizer.json", "model.safetensors"}
+    assert shown["settings"]["layer"] == library.model.config.layer
+    alone = run("export", whole, "--out", tmp_path / "alone", "--name-base")
+    assert alone.code == 0, alone.err
+    assert (tmp_path / "alone" / WEIGHTS).read_bytes() == (memory / WEIGHTS).read_bytes()
+    assert not (tmp_path / "alone" / WORK).exists()
+    assert "the memory itself" in run("export", memory, "--out", memory).error()
+
+
 @pytest.mark.parametrize("command", ["ask", "chat", "inspect"])
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_damaged_memory_is_one_line(
@@ -552,7 +577,7 @@ def test_no_color_is_honoured_in_a_terminal(
     assert bool(COLOUR.search(result.out + result.err)) != no_color
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["ask"], ["chat"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_every_command_has_help(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.code == 0
@@ -568,7 +593,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
 from mlpmem_cli.app import main
-for command in ([], ["train"], ["plan"], ["ask"], ["chat"], ["inspect"]):
+for command in ([], *([name] for name in sys.argv[1:])):
     sys.argv = ["mlpmem-rag", *command, "--help"]
     try:
         main()
@@ -578,7 +603,7 @@ heavy = {"torch", "transformers", "faiss", "llama_index", "sentence_transformers
 print("imported:", sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *COMMANDS],
         env=subprocess_environment(),
         capture_output=True,
         text=True,
