@@ -41,6 +41,16 @@ def chat_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.fixture(scope="session")
+def wide_folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for LlamaIndex's prompts."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-wide"
+    shutil.copytree(chat_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return folder
+
+
 def trained(base: Path, documents: list[Document], out: Path) -> Path:
     """A memory folder, made by a training of half a second."""
     config = TrainConfig(
@@ -149,10 +159,11 @@ def questions(tiny_documents: list[Document], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def studying(training: dict[str, Any], questions: Path) -> dict[str, Any]:
+def studying(training: dict[str, Any], wide_folder: Path, questions: Path) -> dict[str, Any]:
     """Settings of a training that learns the questions by heart."""
     return {
         **training,
+        "base_model": str(wide_folder),
         "recipe": "self-study",
         "encoder": "pooled",
         "questions": (str(questions),),

@@ -11,7 +11,7 @@ import asyncio
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -136,13 +136,14 @@ class Attribution:
         nodes: gives the index's nodes as they are now.
         search: finds similar ones.
         provenance: the rows of the training; None: they were not kept.
+        names: their documents' ids -> those of the index, where they differ.
     """
 
     model: MemoryModel
     nodes: Callable[[], list[BaseNode]]
     search: NodeSearch
     provenance: Provenance | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -162,7 +163,7 @@ class Attribution:
         if self.provenance is None:
             return set()
         origins = self.model.origins(question, answer, self.provenance)
-        return {origin.document for _, origin in origins if origin is not None}
+        return {self._document(origin) for _, origin in origins if origin is not None}
 
     def sources(self, question: str, answer: str, top_k: int) -> list[NodeWithScore]:
         """The nodes that taught an answer, scored by the share of its tokens that they hold."""
@@ -211,14 +212,18 @@ class Attribution:
             ids = self.provenance.passage(origin.document, origin.position)
             text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
         words = set(_WORD.findall(text.lower()))
-        here = [node for node in nodes if document_id(node) == origin.document]
+        document = self._document(origin)
+        here = [node for node in nodes if document_id(node) == document]
         if here:
             return max(here, key=lambda n: len(words & set(_WORD.findall(_text(n).lower()))))
         return TextNode(
-            id_=f"{origin.document}#{text}",
+            id_=f"{document}#{text}",
             text=text,
-            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=origin.document)},
+            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=document)},
         )
+
+    def _document(self, origin: Origin) -> str:
+        return self.names.get(origin.document, origin.document)
 
 
 class AttributionRetriever(BaseRetriever):

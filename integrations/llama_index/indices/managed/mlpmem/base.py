@@ -31,6 +31,7 @@ from llama_index.indices.managed.mlpmem.attribution import (
 )
 from llama_index.indices.managed.mlpmem.chat import conversation
 from llama_index.indices.managed.mlpmem.documents import (
+    NamedCorpus,
     corpus_of_documents,
     corpus_of_nodes,
     document_id,
@@ -48,7 +49,6 @@ from llama_index.indices.managed.mlpmem.training import bars, config_of, memory_
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_rag.artifact import load_manifest
 from mlpmem_rag.config import TrainConfig, resolve_config
-from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.progress import OnProgress
@@ -239,7 +239,13 @@ class MLPMemIndex(BaseIndex[MLPMemIndexStruct]):
     ) -> AttributionRetriever:
         """Finds sources: of an answer the rows that taught it, of a question similar nodes."""
         refuse_unknown(kwargs, ("similarity_top_k", "callback_manager"), "as_retriever")
-        attribution = Attribution(self._llm.model, self._nodes, self._search, self._provenance())
+        attribution = Attribution(
+            self._llm.model,
+            self._nodes,
+            self._search,
+            self._provenance(),
+            self._index_struct.names,
+        )
         return AttributionRetriever(
             attribution,
             similarity_top_k=similarity_top_k,
@@ -385,7 +391,7 @@ class MLPMemIndex(BaseIndex[MLPMemIndexStruct]):
         *,
         out: str | Path | None = None,
         on_progress: OnProgress | None = None,
-        corpus: Corpus | None = None,
+        corpus: NamedCorpus | None = None,
         learned: dict[str, str] | None = None,
         **options: Any,  # noqa: ANN401
     ) -> MLPMemIndexStruct:
@@ -393,7 +399,7 @@ class MLPMemIndex(BaseIndex[MLPMemIndexStruct]):
         if learned is None:
             learned = self._hashes(nodes)
         struct = MLPMemIndexStruct(
-            memory=str(memory_folder(out, corpus).resolve()),
+            memory=str(memory_folder(out, corpus.corpus).resolve()),
             nodes=[node.node_id for node in nodes],
             documents=learned,
         )
@@ -420,14 +426,15 @@ class MLPMemIndex(BaseIndex[MLPMemIndexStruct]):
 
     def _train(
         self,
-        corpus: Corpus,
+        corpus: NamedCorpus,
         struct: MLPMemIndexStruct,
         config: TrainConfig,
         show_progress: bool,
         on_progress: OnProgress | None,
     ) -> None:
         with bars(show_progress, on_progress) as told:
-            train(corpus, out=struct.memory, config=config, on_progress=told)
+            train(corpus.corpus, out=struct.memory, config=config, on_progress=told)
+        struct.names = {name: given for name, given in corpus.names.items() if name != given}
 
     def _settle(self, document: Document) -> None:
         self._index_struct.settled(document.id_, document.hash)

@@ -26,12 +26,14 @@ class MLPMemIndexStruct(IndexStruct):
         documents: what the memory has learned: document id -> hash of the document.
         stale: documents that are not as the memory learned them: id -> `inserted`, `changed` or
             `deleted`.
+        names: ids that the memory was taught with -> ids of the documents, where they differ.
     """
 
     memory: str = ""
     nodes: list[str] = field(default_factory=list)
     documents: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def get_type(cls) -> MLPMemStructType:  # type: ignore[override]  # theirs is a closed list
