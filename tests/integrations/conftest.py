@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import json
 import re
@@ -132,6 +134,20 @@ def on_forward(chat_model: MemoryModel) -> Iterator[Callable[[Callable[[int], ob
     yield register
     for handle in handles:
         handle.remove()
+
+
+@pytest.fixture
+def open_loop() -> Iterator[None]:
+    """For LlamaIndex's chat memory, which would make a loop for its database and close neither.
+
+    To be used with `filterwarnings("ignore::ResourceWarning")`.
+    """
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    gc.collect()
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 FACT = re.compile(r"In (.+?), (.+?) found (.+?)\. ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+import torch
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -15,6 +16,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.llms import MockLLM
+from transformers import LogitsProcessor
 
 
 class ScriptedLLM(MockLLM):
@@ -51,3 +53,21 @@ class ScriptedLLM(MockLLM):
             yield reply.model_copy(update={"delta": reply.message.content})
 
         return one()
+
+
+class Script(LogitsProcessor):
+    """Has a model say texts, one after the other, whatever it was asked."""
+
+    def __init__(self, tokenizer: Any, *texts: str) -> None:  # noqa: ANN401
+        end = int(tokenizer.eos_token_id)
+        self._texts = [
+            [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts
+        ]
+        self._left: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self._left:
+            self._left = list(self._texts.pop(0))
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self._left.pop(0)] = 0.0
+        return forced

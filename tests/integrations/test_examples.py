@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import gc
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -83,17 +81,6 @@ def tiny(
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def open_loop() -> Iterator[None]:
-    """LlamaIndex's chat memory would make a loop for its database, and close neither."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield
-    gc.collect()
-    asyncio.set_event_loop(None)
-    loop.close()
-
-
 def expected(folder: Path) -> str:
     index = MLPMemIndex.load(folder, device="cpu", dtype="float32")
     return index.llm.model.answer(QUESTION, max_new_tokens=256).text
@@ -147,8 +134,8 @@ def test_hybrid(taught: Path, embedding: Path) -> None:
     assert "\n  from rag confidence 0." in unsure
 
 
-# LlamaIndex's agents use old names of pydantic and of their own workflows.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.usefixtures("open_loop")
 def test_agent(index: MLPMemIndex, capsys: pytest.CaptureFixture[str]) -> None:
     planner = ScriptedLLM(
         texts=[
