@@ -230,6 +230,8 @@ def load_memory(folder: Path, config: MemoryConfig) -> Memory:
             )
         if found.is_floating_point() and not math.isfinite(found.abs().sum().item()):
             raise ArtifactError(f"{folder / WEIGHTS}: tensor {name} is not finite; train again")
+    # A copy: it alone would keep the whole file mapped after a cast of the weights.
+    tensors["corpus_tokens"] = tensors["corpus_tokens"].clone()
     memory.load_state_dict({name: tensors[name] for name in memory.state_dict()}, assign=True)
     return memory.eval()
 

@@ -25,6 +25,8 @@ from mlpmem_rag.tap import Tap, tap_on
 
 MINE = ("memory_lambda", "query_vector")
 """What `generate` hands to every forward pass and the base model does not know."""
+PIECE = 64
+"""Positions that are mixed at once where there may be many."""
 
 
 class AugmentedLM(PreTrainedModel, GenerationMixin):
@@ -151,7 +153,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             states = {
                 layer: _kept(tap.take(), len(logits), logits_to_keep) for layer, tap in taps.items()
             }
-            logits = self.mixed(logits, states, query, lambda_)
+            logits = self._mixed_in_pieces(logits, states, query, lambda_)
         if query is not None:
             keep_query(output.past_key_values, query)
         loss = None
@@ -165,6 +167,29 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _mixed_in_pieces(
+        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+    ) -> Tensor:
+        """`mixed`, some positions at a time where no gradient is asked for.
+
+        Its several copies of the logits, in float32 and of a whole text, would be gigabytes.
+        """
+        batch, length, _ = logits.shape
+        step = max(1, PIECE // batch)
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or length <= step:
+            return self.mixed(logits, states, query, lambda_)
+        out: Tensor | None = None
+        for start in range(0, length, step):
+            part = slice(start, start + step)
+            inside = {layer: state[:, part] for layer, state in states.items()}
+            piece = self.mixed(logits[:, part], inside, query, lambda_)
+            if out is None:
+                out = piece.new_empty(logits.shape)
+            out[:, part] = piece
+        assert out is not None
+        return out
 
     def generate(
         self,

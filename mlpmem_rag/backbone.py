@@ -6,11 +6,9 @@ families: the decoder layers and, inside one, the MLP sublayer are found by thei
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.embedded import embedded_model_path
 from mlpmem_rag.errors import BaseModelError, ConfigError
 from mlpmem_rag.hardware import resolve_device, resolve_dtype
+from mlpmem_rag.tap import HiddenTap as HiddenTap
 
 DEFAULT_DEPTH = 0.7
 """Relative depth of the layer whose hidden states are the keys (paper, section 5.5)."""
@@ -53,49 +52,6 @@ class BaseReference:
     weights: str
     tokenizer: str
     vocab_size: int
-
-
-class HiddenTap:
-    """Collects the input of one module while the base model runs in the same thread."""
-
-    def __init__(self, module: nn.Module, *, stop: bool = False) -> None:
-        self._module = module
-        self._stop = stop
-        self._captured: Tensor | None = None
-
-    @property
-    def hidden(self) -> Tensor:
-        """The captured input. *Shape:* (B, T, D), or (B*T, D) where the model flattens it."""
-        if self._captured is None:
-            raise BaseModelError(
-                "the base model ran without its tapped MLP sublayer: its layer stack is not "
-                "standard; choose another base model"
-            )
-        return self._captured
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[HiddenTap]:
-        """Capture during the `with` block; forward passes of other threads are not seen."""
-        owner = threading.get_ident()
-
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != owner:
-                return
-            self._captured = args[0] if args else next(iter(kwargs.values()))
-            if self._stop:
-                raise _ReachedTap
-
-        handle = self._module.register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            yield self
-        except _ReachedTap:
-            pass
-        finally:
-            handle.remove()
-
-
-class _ReachedTap(Exception):  # noqa: N818  control flow, not an error
-    """Raised at the tapped module: no later layer needs to run."""
 
 
 @dataclass(frozen=True)

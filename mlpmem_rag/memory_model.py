@@ -24,7 +24,7 @@ from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.backbone import Backbone, context_window
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
-from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
 from mlpmem_rag.pieces import TextPieces
 from mlpmem_rag.prompts import (
@@ -38,7 +38,7 @@ from mlpmem_rag.prompts import (
     text_ids,
 )
 from mlpmem_rag.provenance import Origin, Provenance
-from mlpmem_rag.query import QueryEncoder, load_encoder
+from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
 from mlpmem_rag.turns import Turns
 
@@ -146,15 +146,7 @@ class MemoryModel:
         model, backbone, settings = load_model(
             folder, base_model=base_model, device=device, dtype=dtype
         )
-        encoder = load_encoder(settings.encoder, backbone)
-        if (found := encoder.size if encoder else 0) != (expected := settings.memory.query_size):
-            raise ArtifactError(
-                f"query encoder {settings.encoder!r} gives vectors of width {found}, the memory "
-                f"in {folder} was trained with width {expected}; load the encoder it was trained "
-                "with, or train again"
-            )
-        model.query_encoder = encoder  # not loaded a second time where ids alone are given
-        memory = cls(model, backbone.tokenizer, encoder, settings.confidence)
+        memory = cls(model, backbone.tokenizer, model.query_encoder, settings.confidence)
         memory.folder, memory.backbone = Path(folder), backbone
         return memory
 

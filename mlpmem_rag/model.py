@@ -29,7 +29,7 @@ from mlpmem_rag.gate import Gate
 from mlpmem_rag.hardware import dtype_name, resolve_device, resolve_dtype
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.mixing import check_lambda, mix
-from mlpmem_rag.query import QueryEncoder, load_encoder
+from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
 
 IGNORED = ("_from_auto", "_from_pipeline", "trust_remote_code", "adapter_kwargs", "use_safetensors",
     "low_cpu_mem_usage", "weights_only")  # fmt: skip
@@ -94,9 +94,8 @@ class MLPMemForCausalLM(AugmentedLM):
         Raises:
             ArtifactError: its vectors are not of the width that the memory reads.
         """
-        if self._encoder is None and self.query_size:
-            self._encoder = load_encoder(self.encoder_source, self.backbone)
-            check_encoder(self._encoder, self.encoder_source, self.query_size)
+        if self._encoder is None:
+            self._encoder = fitting_encoder(self.encoder_source, self.backbone, self.query_size)
         return self._encoder
 
     @query_encoder.setter
@@ -243,19 +242,6 @@ class MLPMemForCausalLM(AugmentedLM):
         if (source.folder / "tokenizer_config.json").is_file():
             checkpoint.adopt_tokenizer(model, AutoTokenizer.from_pretrained(source.folder))
         return loaded
-
-
-def check_encoder(encoder: QueryEncoder | None, name: str, expected: int) -> None:
-    """Refuse an encoder whose vectors the memory cannot read.
-
-    Raises:
-        ArtifactError: they are of another width.
-    """
-    if (found := encoder.size if encoder else 0) != expected:
-        raise ArtifactError(
-            f"query encoder {name!r} gives vectors of width {found}, the memory was trained with "
-            f"width {expected}; load the encoder it was trained with, or train again"
-        )
 
 
 def attach_memory(

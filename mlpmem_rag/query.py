@@ -16,7 +16,7 @@ import torch
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.datastore import length_buckets, pad
 from mlpmem_rag.embedded import MINILM, embedded_model_path
-from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.windows import Window
 
 if TYPE_CHECKING:
@@ -117,6 +117,30 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
             f"a sentence-transformers model, the embedded {MINILM!r}, {POOLED!r} or {NONE!r}"
         ) from error
     return SentenceEncoder(name, model)
+
+
+def fitting_encoder(name: str, backbone: Backbone, width: int) -> QueryEncoder | None:
+    """`load_encoder`, for a memory that reads vectors of this width.
+
+    Raises:
+        ArtifactError: they are of another width.
+    """
+    encoder = load_encoder(name, backbone)
+    check_encoder(encoder, name, width)
+    return encoder
+
+
+def check_encoder(encoder: QueryEncoder | None, name: str, width: int) -> None:
+    """Refuse an encoder whose vectors the memory cannot read.
+
+    Raises:
+        ArtifactError: they are of another width.
+    """
+    if (found := encoder.size if encoder else 0) != width:
+        raise ArtifactError(
+            f"query encoder {name!r} gives vectors of width {found}, the memory was trained with "
+            f"width {width}; load the encoder it was trained with, or train again"
+        )
 
 
 def encoded(encoder: QueryEncoder | None, texts: Sequence[str]) -> Vectors:

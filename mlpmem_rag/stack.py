@@ -38,12 +38,11 @@ from mlpmem_rag.model import (
     IGNORED,
     MLPMemForCausalLM,
     attach_memory,
-    check_encoder,
     keep_weights,
     one_device,
     refuse_options,
 )
-from mlpmem_rag.query import POOLED, QueryEncoder, load_encoder
+from mlpmem_rag.query import POOLED, QueryEncoder, fitting_encoder
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -244,9 +243,8 @@ class MemoryStack(AugmentedLM):
         for member in self._members.values():
             if member.view == wanted:
                 return member.encoder
-        encoder = load_encoder(settings.encoder, replace(self.backbone, layer=settings.layer))
-        check_encoder(encoder, settings.encoder, settings.memory.query_size)
-        return encoder
+        backbone = replace(self.backbone, layer=settings.layer)
+        return fitting_encoder(settings.encoder, backbone, settings.memory.query_size)
 
     def _changed(self) -> None:
         self._tap_layers(*{member.settings.layer for member in self._members.values()})

@@ -1,12 +1,15 @@
 """The hidden state that a memory reads, taken while the base model runs.
 
-One hook stays on the tapped module for good: hooks that come and go would make torch.compile
-compile anew, or keep a stale one.
+`HiddenTap` puts its hook on for one run and can end the run there. A model that generates has a
+`Tap`, whose hook stays for good: hooks that come and go would make torch.compile compile anew, or
+keep a stale one. Both see the runs of their own thread alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ class Tap:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called by torch before the module runs."""
-        state = args[0] if args else next(iter(kwargs.values()))
+        state = _input(args, kwargs)
         if torch.compiler.is_compiling():
             self._traced = state  # written and read in one graph: threads cannot meet
         elif (thread := threading.get_ident()) in self._states:
@@ -45,12 +48,7 @@ class Tap:
             state, self._traced = self._traced, None
         else:
             state = self._states.pop(threading.get_ident(), None)
-        if state is None:
-            raise BaseModelError(
-                "the base model ran without its tapped MLP sublayer: its layer stack is not "
-                "standard; choose another base model"
-            )
-        return state
+        return _captured(state)
 
 
 def tap_on(module: nn.Module) -> Tap:
@@ -61,3 +59,60 @@ def tap_on(module: nn.Module) -> Tap:
     tap = Tap()
     module.register_forward_pre_hook(tap, with_kwargs=True)
     return tap
+
+
+class HiddenTap:
+    """Takes the input of one module in the runs of a `with` block."""
+
+    def __init__(self, module: nn.Module, *, stop: bool = False) -> None:
+        self._module = module
+        self._stop = stop
+        self._state: Tensor | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The input of the last run. *Shape:* (B, T, D), or (B*T, D) where the model flattens it.
+
+        Raises:
+            BaseModelError: the module did not run.
+        """
+        return _captured(self._state)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[HiddenTap]:
+        """Capture during the `with` block; forward passes of other threads are not seen."""
+        owner = threading.get_ident()
+
+        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != owner:
+                return
+            self._state = _input(args, kwargs)
+            if self._stop:
+                raise _ReachedTap
+
+        handle = self._module.register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            yield self
+        except _ReachedTap:
+            pass
+        finally:
+            handle.remove()
+
+
+class _ReachedTap(Exception):  # noqa: N818  control flow, not an error
+    """Raised at the tapped module: no later layer needs to run."""
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among what a module is called with; it is the first in every family."""
+    state: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return state
+
+
+def _captured(state: Tensor | None) -> Tensor:
+    if state is None:
+        raise BaseModelError(
+            "the base model ran without its tapped MLP sublayer: its layer stack is not standard; "
+            "choose another base model"
+        )
+    return state

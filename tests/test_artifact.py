@@ -43,6 +43,7 @@ from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import attach_memory, load_model
 
 FILES = (CONFIG, WEIGHTS, MANIFEST, CARD)
+MAPS = Path("/proc/self/maps")
 IDS = torch.tensor([[0, 40, 81, 122, 163, 204]])
 
 
@@ -136,6 +137,14 @@ def test_a_loaded_memory_gives_identical_logits(folder: Path, tiny_backbone: Bac
         base = model(input_ids=IDS, memory_lambda=0.0).logits.log_softmax(-1)
     assert torch.equal(logits(folder), expected)
     assert not torch.allclose(expected, base)
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="this system does not list what is mapped")
+def test_a_cast_memory_does_not_keep_its_file_mapped(folder: Path) -> None:
+    memory = load_memory(folder, load_settings(folder).memory)
+    assert str(folder / WEIGHTS) in MAPS.read_text()
+    memory.to(torch.bfloat16)
+    assert str(folder / WEIGHTS) not in MAPS.read_text()
 
 
 def test_settings_and_manifest_come_back(folder: Path, tiny_backbone: Backbone) -> None:

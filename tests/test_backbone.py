@@ -25,7 +25,6 @@ from transformers import (
 
 from mlpmem_rag.backbone import (
     Backbone,
-    HiddenTap,
     MLPShape,
     context_window,
     load_backbone,
@@ -35,6 +34,7 @@ from mlpmem_rag.backbone import (
     tokenizer_fingerprint,
 )
 from mlpmem_rag.errors import BaseModelError, ConfigError
+from mlpmem_rag.tap import HiddenTap
 
 VOCABULARY = 300
 LLAMA_LIKE = ("model.layers.{}.mlp", "silu", True)

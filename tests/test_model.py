@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.augmented import PIECE
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.gate import Gate, gate_features
@@ -131,6 +132,31 @@ def test_logits_to_keep_are_slices_of_all_logits(mixed: Mixed) -> None:
         some = mixed.model(input_ids=PROMPT, logits_to_keep=places).logits
     torch.testing.assert_close(last, whole[:, -2:])
     torch.testing.assert_close(some, whole[:, places])
+
+
+def test_a_long_text_is_mixed_in_pieces(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers, and never a second copy of all logits; with gradients, in one."""
+    model: Any = with_memory(tiny_backbone, query_size=QUERY, gate=GATE)
+    ids = torch.randint(5, 300, (3, 50), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "query_vector": vectors(3)}
+    sizes, mixed = [], model.mixed
+
+    def note(logits: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+        sizes.append(logits.shape[1])
+        out: Tensor = mixed(logits, *rest)
+        return out
+
+    monkeypatch.setattr(model, "mixed", note)
+    whole = model(**given)
+    assert whole.logits.requires_grad
+    assert sizes == [50]
+    with torch.no_grad():
+        pieces = model(**given).logits
+    assert sum(sizes[1:]) == 50
+    assert max(sizes[1:]) * 3 <= PIECE
+    torch.testing.assert_close(pieces, whole.logits)
 
 
 # Generation, for every family.
