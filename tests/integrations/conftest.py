@@ -9,22 +9,22 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from llama_index.core import Document as LlamaDocument
 from transformers import AutoTokenizer
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from mlpmem_rag import calibrate
 from mlpmem_rag import training as training_stages
-from mlpmem_rag.config import TrainConfig
-from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.corpus import Document
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.lessons import StudyConfig
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.pipeline import train
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
@@ -53,35 +53,10 @@ def wide_folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def trained(base: Path, documents: list[Document], out: Path) -> Path:
-    """A memory folder, made by a training of half a second."""
-    config = TrainConfig(
-        recipe="paper",
-        base_model=str(base),
-        device="cpu",
-        dtype="float32",
-        window=48,
-        neighbors=8,
-        distill=DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
-    )
-    train(Corpus(tuple(documents)), out=out, config=config)
-    return out
-
-
 @pytest.fixture(scope="session")
-def plain_memory(
-    tiny_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A memory whose base model has no chat template."""
-    return trained(tiny_folder, tiny_documents, tmp_path_factory.mktemp("memories") / "plain")
-
-
-@pytest.fixture(scope="session")
-def chat_memory(
-    chat_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def chat_memory(chat_folder: Path, memory_of: Callable[[Path], Path]) -> Path:
     """A memory whose base model has a chat template."""
-    return trained(chat_folder, tiny_documents, tmp_path_factory.mktemp("memories") / "chat")
+    return memory_of(chat_folder)
 
 
 @pytest.fixture(scope="session")
@@ -91,9 +66,9 @@ def chat_model(chat_memory: Path) -> MemoryModel:
 
 
 @pytest.fixture(scope="session")
-def plain_model(plain_memory: Path) -> MemoryModel:
+def plain_model(tiny_memory: Path) -> MemoryModel:
     """The one without a chat template, loaded."""
-    return MemoryModel.load(plain_memory, device="cpu", dtype="float32")
+    return MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
@@ -103,37 +78,18 @@ def documents(tiny_documents: list[Document]) -> list[LlamaDocument]:
 
 
 @pytest.fixture(scope="session")
-def training(chat_folder: Path) -> dict[str, Any]:
+def training(quick_training: dict[str, Any], chat_folder: Path) -> dict[str, Any]:
     """Settings of a training of half a second."""
-    return {
-        "recipe": "paper",
-        "base_model": str(chat_folder),
-        "device": "cpu",
-        "dtype": "float32",
-        "window": 48,
-        "neighbors": 8,
-        "distill": DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
-    }
+    return {**quick_training, "base_model": str(chat_folder)}
 
 
 @pytest.fixture
-def on_forward(chat_model: MemoryModel) -> Iterator[Callable[[Callable[[int], object]], None]]:
+def on_forward(
+    chat_model: MemoryModel,
+    before_forward: Callable[[torch.nn.Module, Callable[[int], object]], None],
+) -> Callable[[Callable[[int], object]], None]:
     """Has a function called before each forward pass of the base, with the pass's number."""
-    handles = []
-
-    def register(call: Callable[[int], object]) -> None:
-        count = 0
-
-        def hook(*_: object) -> None:
-            nonlocal count
-            count += 1
-            call(count)
-
-        handles.append(chat_model.model.base.register_forward_pre_hook(hook))
-
-    yield register
-    for handle in handles:
-        handle.remove()
+    return partial(before_forward, chat_model.model.base)
 
 
 @pytest.fixture

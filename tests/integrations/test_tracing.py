@@ -103,7 +103,7 @@ def test_openinference_sees_one_span_a_call_with_its_tokens(
     assert span.name == f"MLPMemLLM.{'a' if asynchronous else ''}{name}"
     assert told(span, "openinference.span.kind") == "LLM"
     assert span.status.is_ok
-    assert told(span, "llm.model_name") == "mlpmem:chat"
+    assert told(span, "llm.model_name") == "mlpmem:tiny-chat"
     assert told(span, "llm.token_count.prompt") == answer.prompt_tokens
     assert told(span, "llm.token_count.completion") == answer.new_tokens
     assert told(span, "llm.token_count.total") == answer.prompt_tokens + answer.new_tokens

@@ -1,4 +1,4 @@
-"""Objects, chat engines, routers, workflows and settings made of a memory."""
+"""Chat engines, routers, workflows and settings made of a memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from llama_index.core import (
     SimpleDirectoryReader,
     SummaryIndex,
 )
-from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.program import LLMTextCompletionProgram
 from llama_index.core.query_engine import RouterQueryEngine, SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
@@ -30,31 +28,11 @@ from llama_index.core.workflow import Event, StartEvent, StopEvent, Workflow, st
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from mlpmem_rag.errors import ConfigError
 
-from .fakes import Script, ScriptedLLM
+from .fakes import ScriptedLLM
 
 QUESTION = "Who found wild honey in the old mill?"
 RIGHT = "Ines Maro"
 SURE = "Did Ines Maro find a map of the tunnels?"
-JSON = '{"name": "Ines"}'
-
-
-class Person(BaseModel):
-    """Somebody."""
-
-    name: str
-
-
-def test_a_processor_makes_objects(index: MLPMemIndex) -> None:
-    tokenizer = index.llm.model.tokenizer
-    program = LLMTextCompletionProgram.from_defaults(
-        output_cls=Person, prompt_template_str="Who?", llm=index.as_llm(max_new_tokens=30)
-    )
-    assert program(llm_kwargs={"logits_processor": Script(tokenizer, JSON)}) == Person(name="Ines")
-    llm = index.as_llm(max_new_tokens=30, logits_processor=Script(tokenizer, JSON))
-    response: Any = index.as_query_engine(llm=llm, output_cls=Person).query(QUESTION)
-    assert response.response == Person(name="Ines")
-    with pytest.raises(ConfigError, match="does not go with streaming"):
-        index.as_query_engine(output_cls=Person, streaming=True)
 
 
 def test_chat_engines_answer_from_the_memory(index: MLPMemIndex) -> None:

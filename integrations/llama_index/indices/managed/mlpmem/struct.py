@@ -41,7 +41,7 @@ class MLPMemIndexStruct(IndexStruct):
         return MLPMemStructType.MLPMEM
 
     def inserted(self, document: str) -> None:
-        """Note text that the memory has not learned."""
+        """Note a document that is not, or no longer whole, as the memory learned it."""
         self.stale[document] = "changed" if document in self.documents else "inserted"
 
     def deleted(self, document: str) -> None:
