@@ -17,6 +17,7 @@ from llama_index.core.program import LLMTextCompletionProgram
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from llama_index.llms.mlpmem import MLPMemLLM
+from llama_index.llms.mlpmem.grammar import closed
 from mlpmem_rag.errors import ConfigError, MissingDependencyError
 from mlpmem_rag.memory_model import MemoryModel
 
@@ -113,6 +114,18 @@ def test_the_memory_is_asked_the_question_and_not_the_schema(
     )
     index.as_query_engine(llm=index.as_llm(max_new_tokens=48), output_cls=Find).query(QUESTION)
     assert seen == [QUESTION]
+
+
+def test_objects_hold_what_is_named() -> None:
+    one = {"type": "object", "properties": {"properties": {"type": "string"}}}
+    open_one = {**one, "additionalProperties": True}
+    schema = {"anyOf": [one, open_one], "$defs": {"a": {"items": one}}, "allOf": [one]}
+    shut = {**one, "additionalProperties": False}
+    assert closed(schema) == {
+        "anyOf": [shut, open_one],
+        "$defs": {"a": {"items": shut}},
+        "allOf": [one],
+    }
 
 
 # What cannot be.

@@ -33,6 +33,27 @@ def can_constrain(tokenizer: PreTrainedTokenizerBase) -> bool:
     return installed and tokenizer.is_fast and tokenizer.eos_token_id is not None
 
 
+def closed(schema: Any) -> Any:  # noqa: ANN401
+    """A JSON schema whose objects hold nothing but what is named, unless they say otherwise.
+
+    A model could go on for ever with properties that nobody asked for.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    out = dict(schema)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(out.get(name), dict):
+            out[name] = {key: closed(value) for key, value in out[name].items()}
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(out.get(name), list):
+            out[name] = [closed(value) for value in out[name]]
+    if "items" in out:
+        out["items"] = closed(out["items"])
+    if "properties" in out:
+        out.setdefault("additionalProperties", False)
+    return out
+
+
 class JsonGrammar(LogitsProcessor):
     """Lets through what is, or can still become, JSON of a schema; for one generation.
 
@@ -58,7 +79,9 @@ class JsonGrammar(LogitsProcessor):
                 "model's has none"
             )
         told = schema if isinstance(schema, dict) else schema.model_json_schema()
-        self._grammar = LLMatcher.grammar_from_json_schema(json.dumps(told), overrides=COMPACT)
+        self._grammar = LLMatcher.grammar_from_json_schema(
+            json.dumps(closed(told)), overrides=COMPACT
+        )
         if error := LLMatcher.validate_grammar(self._grammar, None):
             raise ConfigError(f"json_schema cannot be kept to: {error}")
         self._tokenizer = tokenizer

@@ -222,6 +222,30 @@ class MLPMemIndex(AskedIndex):
         await super().ainsert(document, **insert_kwargs)
         self._settle(document)
 
+    def delete_ref_doc(
+        self,
+        ref_doc_id: str,
+        delete_from_docstore: bool = False,
+        **delete_kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Take a document out; the memory knows it until it is trained again."""
+        info = self._docstore.get_ref_doc_info(ref_doc_id)
+        nodes = [] if info is None else list(info.node_ids)
+        super().delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
+        self._forget(ref_doc_id, nodes)
+
+    async def adelete_ref_doc(
+        self,
+        ref_doc_id: str,
+        delete_from_docstore: bool = False,
+        **delete_kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Like `delete_ref_doc`."""
+        info = await self._docstore.aget_ref_doc_info(ref_doc_id)
+        nodes = [] if info is None else list(info.node_ids)
+        await super().adelete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
+        self._forget(ref_doc_id, nodes)
+
     # What BaseIndex asks for.
 
     def _build_index_from_nodes(
@@ -269,6 +293,14 @@ class MLPMemIndex(AskedIndex):
             struct.deleted(document)
 
     # Its own.
+
+    def _forget(self, document: str, nodes: Sequence[str]) -> None:
+        """Of a document's nodes LlamaIndex deletes every other one only from the index."""
+        struct = self._index_struct
+        if nodes:
+            struct.nodes = [node for node in struct.nodes if node not in nodes]
+            struct.deleted(document)
+            self._storage_context.index_store.add_index_struct(struct)
 
     def _settle(self, document: Document) -> None:
         self._index_struct.settled(document.id_, document.hash)
