@@ -4,9 +4,11 @@
 
 Each round asks the same questions one by one, all at once from asyncio, and from eight threads, in
 turns of order; the answers have to be the same. The event loop's longest wait is that of a timer of
-one millisecond. Then every question is asked as a stream, of the memory and of LlamaIndex's
-`VectorStoreIndex` query engine with its defaults on the same documents and language model, one
-after the other. Ratios are of the sums, with a 95 % bootstrap interval over rounds or questions.
+one millisecond; beside it stands that of a loop with nothing to do, in a process of its own at the
+same time: what the machine's other load does to any loop. Then every question is asked as a stream,
+of the memory and of LlamaIndex's `VectorStoreIndex` query engine with its defaults on the same
+documents and language model, one after the other. Ratios are of the sums, with a 95 % bootstrap
+interval over rounds or questions.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import json
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -51,15 +55,42 @@ class Ratio:
 
 @dataclass
 class Loop:
-    """How long an event loop kept a timer waiting, in seconds."""
+    """How long an event loop kept a timer waiting, and when it was watched, in seconds."""
 
     waits: list[float] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)
 
     async def watch(self) -> None:
-        while True:
-            started = time.perf_counter()
-            await asyncio.sleep(TICK)
-            self.waits.append(time.perf_counter() - started - TICK)
+        begun = time.perf_counter()
+        try:
+            while True:
+                started = time.perf_counter()
+                await asyncio.sleep(TICK)
+                self.waits.append(time.perf_counter() - started - TICK)
+        finally:
+            self.spans.append((begun, time.perf_counter()))
+
+
+IDLE = """
+import asyncio, json, sys, time
+
+async def main(tick):
+    over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    waits = []
+    while not over.done():
+        started = time.perf_counter()
+        await asyncio.sleep(tick)
+        waits.append((started, time.perf_counter() - started - tick))
+    print(json.dumps(waits))
+
+asyncio.run(main(float(sys.argv[1])))
+"""
+
+
+def longest_idle(idle: subprocess.Popen[str], spans: Sequence[tuple[float, float]]) -> float:
+    """The longest wait of the idle process's loop within spans of time (one clock for all)."""
+    waits: list[tuple[float, float]] = json.loads(idle.communicate("")[0])
+    return max(w for at, w in waits if any(low <= at + w and at <= high for low, high in spans))
 
 
 def one_by_one(engine: BaseQueryEngine, questions: Sequence[str]) -> list[str]:
@@ -94,6 +125,12 @@ def throughput(engine: BaseQueryEngine, questions: Sequence[str], rounds: int) -
         "threads": lambda: from_threads(engine, questions),
     }
     expected = one_by_one(engine, questions)  # warm-up
+    idle = subprocess.Popen(
+        [sys.executable, "-c", IDLE, str(TICK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(rounds):
@@ -114,6 +151,8 @@ def throughput(engine: BaseQueryEngine, questions: Sequence[str], rounds: int) -
             "median": 1e3 * float(np.median(loop.waits)),
             "p99": 1e3 * float(np.quantile(loop.waits, 0.99)),
             "longest": 1e3 * max(loop.waits),
+            "over_50": sum(wait > 0.05 for wait in loop.waits),
+            "longest_idle": 1e3 * longest_idle(idle, loop.spans),
         },
     }
 
