@@ -49,7 +49,7 @@ def test_an_empty_question_is_refused_everywhere(index: MLPMemIndex, empty: str)
     engine, streaming = index.as_query_engine(), index.as_query_engine(streaming=True)
     asks: list[Callable[[], object]] = [
         lambda: streaming.query(empty),
-        lambda: asyncio.run(streaming.aquery(empty)),  # type: ignore[arg-type]
+        lambda: asyncio.run(streaming.aquery(empty)),
         lambda: index.as_retriever().retrieve(empty),
         lambda: index.as_chat_engine().chat(empty),
         lambda: index.as_chat_engine(chat_mode=ChatMode.SIMPLE).chat(empty),

@@ -109,9 +109,12 @@ def test_the_memory_is_asked_the_question_and_not_the_schema(
     encoder: Any = index.llm.model.encoder
     seen: list[str] = []
     encode = encoder.encode
-    monkeypatch.setattr(
-        type(encoder), "encode", lambda self, texts: seen.extend(texts) or encode(texts)
-    )
+
+    def noting(_: object, texts: list[str]) -> Any:  # noqa: ANN401
+        seen.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(type(encoder), "encode", noting)
     index.as_query_engine(llm=index.as_llm(max_new_tokens=48), output_cls=Find).query(QUESTION)
     assert seen == [QUESTION]
 

@@ -226,7 +226,8 @@ class MLPMemLLM(LLM):
     ) -> Model:
         """Answer with an object."""
         kept = self._in_form(output_cls, llm_kwargs)
-        return super().structured_predict(output_cls, prompt, kept, **prompt_args)
+        made: Model = super().structured_predict(output_cls, prompt, kept, **prompt_args)
+        return made
 
     async def astructured_predict(
         self,
@@ -237,7 +238,8 @@ class MLPMemLLM(LLM):
     ) -> Model:
         """Like `structured_predict`; the event loop stays free."""
         kept = self._in_form(output_cls, llm_kwargs)
-        return await super().astructured_predict(output_cls, prompt, kept, **prompt_args)
+        made: Model = await super().astructured_predict(output_cls, prompt, kept, **prompt_args)
+        return made
 
     # What they share.
 

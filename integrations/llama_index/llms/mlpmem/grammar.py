@@ -20,7 +20,7 @@ from mlpmem_rag.errors import ConfigError, MissingDependencyError
 JsonSchema = type[BaseModel] | dict[str, Any]
 
 # Small models go on with white space for ever where the form lets them.
-COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 # Of a tokenizer and the width of a model's output; it takes a second to make.
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, Any]] = WeakKeyDictionary()
@@ -82,9 +82,9 @@ class JsonGrammar(LogitsProcessor):
         self._grammar = LLMatcher.grammar_from_json_schema(
             json.dumps(closed(told)), overrides=COMPACT
         )
-        if error := LLMatcher.validate_grammar(self._grammar, None):
-            raise ConfigError(f"json_schema cannot be kept to: {error}")
-        self._tokenizer = tokenizer
+        if wrong := LLMatcher.validate_grammar(self._grammar, None):
+            raise ConfigError(f"json_schema cannot be kept to: {wrong}")
+        self._tokenizer: Any = tokenizer
         self._matcher: Any = None
         self._seen = 0
 
