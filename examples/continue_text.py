@@ -1,4 +1,7 @@
-"""Continue the beginning of a document, by the base model alone and with its memory."""
+"""Continue the beginning of a document, by the base model alone and with its memory.
+
+python examples/continue_text.py demo/memory
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def main() -> None:
             out = memory.model.generate(
                 **ids, max_new_tokens=32, do_sample=False, memory_lambda=lambda_
             )
-        new = memory.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+        new = str(memory.tokenizer.decode(out[0, ids["input_ids"].shape[1] :]))
         print(f"  λ = {lambda_:.2f}: … {' '.join(new.split())}")
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mlpmem_rag.config import TrainConfig
     from mlpmem_rag.corpus import Corpus, Document, read_corpus
     from mlpmem_rag.errors import MLPMemError
-    from mlpmem_rag.memory_model import Answer, MemoryModel
+    from mlpmem_rag.generation import Answer
+    from mlpmem_rag.memory_model import MemoryModel
     from mlpmem_rag.pipeline import plan_training, train
     from mlpmem_rag.report import TrainReport
 else:
@@ -42,7 +43,7 @@ else:
         "transformers.models.auto.configuration_auto",
     )
     _HOMES = {
-        "Answer": "memory_model",
+        "Answer": "generation",
         "Corpus": "corpus",
         "Document": "corpus",
         "MLPMemError": "errors",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ from transformers import (
 from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
-from mlpmem_rag.corpus import Document
+from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
+from mlpmem_rag.pipeline import train
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 96}
 _SIZES: dict[str, Any] = {
@@ -165,6 +169,60 @@ def tiny_documents() -> list[Document]:
         Document(id=f"doc-{n}", text=text, title=None, source=f"doc-{n}.txt")
         for n, text in enumerate(_texts())
     ]
+
+
+@pytest.fixture(scope="session")
+def quick_training() -> dict[str, Any]:
+    """Settings of a training of half a second on any of the tiny models."""
+    return {
+        "recipe": "paper",
+        "device": "cpu",
+        "dtype": "float32",
+        "window": 48,
+        "neighbors": 8,
+        "distill": DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
+    }
+
+
+@pytest.fixture(scope="session")
+def memory_of(
+    quick_training: dict[str, Any],
+    tiny_documents: list[Document],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Path], Path]:
+    """Trains on the tiny documents for half a second; gives the memory's folder."""
+
+    def make(base_model: Path) -> Path:
+        out = tmp_path_factory.mktemp("memories") / base_model.name
+        config = TrainConfig(base_model=str(base_model), **quick_training)
+        train(Corpus(tuple(tiny_documents)), out=out, config=config)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_memory(tiny_folder: Path, memory_of: Callable[[Path], Path]) -> Path:
+    """A memory on the tiny Llama, whose tokenizer has no chat template."""
+    return memory_of(tiny_folder)
+
+
+@pytest.fixture
+def before_forward() -> Iterator[Callable[[torch.nn.Module, Callable[[int], object]], None]]:
+    """Has a function called before each forward pass of a model, with the pass's number."""
+    handles = []
+
+    def register(model: torch.nn.Module, call: Callable[[int], object]) -> None:
+        passes = itertools.count(1)
+
+        def hook(*_: object) -> None:
+            call(next(passes))
+
+        handles.append(model.register_forward_pre_hook(hook))
+
+    yield register
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

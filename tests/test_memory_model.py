@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +103,10 @@ def decode(memory: MemoryModel, tokens: list[int]) -> str:
 @pytest.fixture
 def on_forward(
     memory: MemoryModel,
-) -> Iterator[Callable[[Callable[[int], object]], None]]:
+    before_forward: Callable[[torch.nn.Module, Callable[[int], object]], None],
+) -> Callable[[Callable[[int], object]], None]:
     """Has a function called before each forward pass of the base, with the pass's number."""
-    handles = []
-
-    def register(call: Callable[[int], object]) -> None:
-        count = 0
-
-        def hook(*_: object) -> None:
-            nonlocal count
-            count += 1
-            call(count)
-
-        handles.append(memory.model.base.register_forward_pre_hook(hook))
-
-    yield register
-    for handle in handles:
-        handle.remove()
+    return partial(before_forward, memory.model.base)
 
 
 # The text.

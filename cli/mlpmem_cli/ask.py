@@ -11,7 +11,7 @@ import typer
 from mlpmem_cli import options
 
 if TYPE_CHECKING:
-    from mlpmem_rag.memory_model import Answer
+    from mlpmem_rag.generation import Answer
 
 
 def ask(

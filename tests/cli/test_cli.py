@@ -20,7 +20,7 @@ from mlpmem_cli.app import DEBUG_VARIABLE, main
 from mlpmem_rag import MemoryModel, TrainReport, __version__, train
 from mlpmem_rag.artifact import MANIFEST, WEIGHTS, WORK, load_manifest
 from mlpmem_rag.corpus import Document
-from mlpmem_rag.memory_model import Answer
+from mlpmem_rag.generation import Answer
 from mlpmem_rag.plan import Plan
 
 ROOT = Path(__file__).parents[2]

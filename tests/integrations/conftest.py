@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from llama_index.core import Document as LlamaDocument
 from transformers import AutoTokenizer
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from mlpmem_rag import calibrate
 from mlpmem_rag import training as training_stages
-from mlpmem_rag.config import TrainConfig
-from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.corpus import Document
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.lessons import StudyConfig
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.pipeline import train
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
@@ -41,35 +43,20 @@ def chat_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def trained(base: Path, documents: list[Document], out: Path) -> Path:
-    """A memory folder, made by a training of half a second."""
-    config = TrainConfig(
-        recipe="paper",
-        base_model=str(base),
-        device="cpu",
-        dtype="float32",
-        window=48,
-        neighbors=8,
-        distill=DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
-    )
-    train(Corpus(tuple(documents)), out=out, config=config)
-    return out
+@pytest.fixture(scope="session")
+def wide_folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for LlamaIndex's prompts."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-wide"
+    shutil.copytree(chat_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return folder
 
 
 @pytest.fixture(scope="session")
-def plain_memory(
-    tiny_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A memory whose base model has no chat template."""
-    return trained(tiny_folder, tiny_documents, tmp_path_factory.mktemp("memories") / "plain")
-
-
-@pytest.fixture(scope="session")
-def chat_memory(
-    chat_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def chat_memory(chat_folder: Path, memory_of: Callable[[Path], Path]) -> Path:
     """A memory whose base model has a chat template."""
-    return trained(chat_folder, tiny_documents, tmp_path_factory.mktemp("memories") / "chat")
+    return memory_of(chat_folder)
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +66,9 @@ def chat_model(chat_memory: Path) -> MemoryModel:
 
 
 @pytest.fixture(scope="session")
-def plain_model(plain_memory: Path) -> MemoryModel:
+def plain_model(tiny_memory: Path) -> MemoryModel:
     """The one without a chat template, loaded."""
-    return MemoryModel.load(plain_memory, device="cpu", dtype="float32")
+    return MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
@@ -91,37 +78,32 @@ def documents(tiny_documents: list[Document]) -> list[LlamaDocument]:
 
 
 @pytest.fixture(scope="session")
-def training(chat_folder: Path) -> dict[str, Any]:
+def training(quick_training: dict[str, Any], chat_folder: Path) -> dict[str, Any]:
     """Settings of a training of half a second."""
-    return {
-        "recipe": "paper",
-        "base_model": str(chat_folder),
-        "device": "cpu",
-        "dtype": "float32",
-        "window": 48,
-        "neighbors": 8,
-        "distill": DistillConfig(epochs=3, batch_rows=256, learning_rate=1e-2),
-    }
+    return {**quick_training, "base_model": str(chat_folder)}
 
 
 @pytest.fixture
-def on_forward(chat_model: MemoryModel) -> Iterator[Callable[[Callable[[int], object]], None]]:
+def on_forward(
+    chat_model: MemoryModel,
+    before_forward: Callable[[torch.nn.Module, Callable[[int], object]], None],
+) -> Callable[[Callable[[int], object]], None]:
     """Has a function called before each forward pass of the base, with the pass's number."""
-    handles = []
+    return partial(before_forward, chat_model.model.base)
 
-    def register(call: Callable[[int], object]) -> None:
-        count = 0
 
-        def hook(*_: object) -> None:
-            nonlocal count
-            count += 1
-            call(count)
+@pytest.fixture
+def open_loop() -> Iterator[None]:
+    """For LlamaIndex's chat memory, which would make a loop for its database and close neither.
 
-        handles.append(chat_model.model.base.register_forward_pre_hook(hook))
-
-    yield register
-    for handle in handles:
-        handle.remove()
+    To be used with `filterwarnings("ignore::ResourceWarning")`.
+    """
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    gc.collect()
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 FACT = re.compile(r"In (.+?), (.+?) found (.+?)\. ")
@@ -149,10 +131,11 @@ def questions(tiny_documents: list[Document], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def studying(training: dict[str, Any], questions: Path) -> dict[str, Any]:
+def studying(training: dict[str, Any], wide_folder: Path, questions: Path) -> dict[str, Any]:
     """Settings of a training that learns the questions by heart."""
     return {
         **training,
+        "base_model": str(wide_folder),
         "recipe": "self-study",
         "encoder": "pooled",
         "questions": (str(questions),),

@@ -39,7 +39,7 @@ def test_documents_keep_their_ids_and_lose_their_metadata() -> None:
         Document(text=" \n", doc_id="d"),
         Document(text="Some text.", doc_id="e"),
     ]
-    corpus = corpus_of_documents(documents)
+    corpus = corpus_of_documents(documents).corpus
     assert [(d.id, d.text) for d in corpus.documents] == [
         ("a  b", "Some text."),
         ("c", "A title\n\nMore text."),
@@ -53,16 +53,28 @@ def test_documents_keep_their_ids_and_lose_their_metadata() -> None:
 def test_nodes_become_their_documents() -> None:
     documents = [
         Document(text="One two three. Four five six.", doc_id="a"),
-        Document(text="Seven."),
+        Document(text="Seven."),  # an id made up at random
     ]
     nodes = SentenceSplitter(
         chunk_size=16, chunk_overlap=0, tokenizer=list
     ).get_nodes_from_documents(documents)
     assert len(nodes) > 2
-    found = {d.id: " ".join(d.text.split()) for d in corpus_of_nodes(nodes).documents}
+    named = corpus_of_nodes(nodes)
+    found = {named.names[d.id]: " ".join(d.text.split()) for d in named.corpus.documents}
     assert found == {d.doc_id: d.text for d in documents}
-    (alone,) = corpus_of_nodes([TextNode(text="Alone.", id_="n")]).documents
+    (alone,) = corpus_of_nodes([TextNode(text="Alone.", id_="n")]).corpus.documents
     assert (alone.id, alone.text) == ("n", "Alone.")
+
+
+def test_random_ids_do_not_make_another_corpus() -> None:
+    texts = ["One.", "Two.", "One.", "One."]
+    first, second = (corpus_of_documents([Document(text=t) for t in texts]) for _ in range(2))
+    assert first.corpus.fingerprint == second.corpus.fingerprint
+    assert len(first.names) == len(set(first.names.values())) == 4
+    assert list(first.names) == list(second.names)
+    assert set(first.names.values()).isdisjoint(second.names.values())
+    other = corpus_of_documents([Document(text=t) for t in ["One.", "Three."]])
+    assert other.corpus.fingerprint != first.corpus.fingerprint
 
 
 @pytest.mark.parametrize("documents", [[], [Document(text="")], [Document(text=" \n ")]])

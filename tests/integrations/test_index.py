@@ -84,6 +84,27 @@ def test_without_a_name_a_memory_is_found_by_its_documents(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_documents_that_were_read_again_find_their_memory(
+    documents: list[Document], training: dict[str, Any], tmp_path: Path
+) -> None:
+    def make() -> tuple[MLPMemIndex, set[str], set[str]]:
+        events: list[ProgressEvent] = []
+        read = [Document(text=d.text) for d in documents]  # a reader makes ids up at random
+        index = MLPMemIndex.from_documents(
+            read, out=tmp_path / "memory", on_progress=events.append, **training
+        )
+        return index, {d.id_ for d in read}, {event.stage for event in events}
+
+    _, _, stages = make()
+    index, ids, again = make()
+    assert "distil" in stages - again
+    for here in (index, MLPMemIndex.load(tmp_path / "memory", device="cpu", dtype="float32")):
+        response = here.as_query_engine().query("In Lake Orsa,")
+        assert {source.node.metadata[LABEL] for source in response.source_nodes} == {TRACED}
+        assert {source.node.ref_doc_id for source in response.source_nodes} <= ids
+        assert set(here.ref_doc_info) == ids
+
+
 def test_files_and_nodes_train_alike(
     documents: list[Document], training: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -327,10 +348,10 @@ def test_an_empty_question_is_refused(index: MLPMemIndex, question: str) -> None
 
 
 def test_a_question_too_long_is_answered_from_its_end(index: MLPMemIndex) -> None:
-    response = index.as_query_engine().query(f"{'Well, ' * 100}{QUESTION}")
+    response = index.as_query_engine().query(f"{'Well, ' * 1000}{QUESTION}")
     assert response.metadata is not None
     assert response.metadata["mlpmem"]["cut_tokens"] > 0
-    assert response.metadata["mlpmem"]["usage"]["prompt_tokens"] == 96 - 16
+    assert response.metadata["mlpmem"]["usage"]["prompt_tokens"] == 1024 - 16
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,15 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.core.llms.loading import RECOGNIZED_LLMS
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.types import Model
 
 from llama_index.llms.mlpmem.calls import decoding_of, listed, raw, warn_of_cut
+from llama_index.llms.mlpmem.grammar import can_constrain
 from llama_index.llms.mlpmem.loading import shared_model
 from llama_index.llms.mlpmem.messages import to_messages, with_system
 from mlpmem_rag.decoding import Decoding
@@ -45,8 +48,9 @@ class MLPMemLLM(LLM):
 
     `lambda_=0` is the base model exactly. Objects of the same folder share one loaded model. Calls
     take `max_tokens` (or `max_new_tokens`), `temperature`, `top_p`, `stop`, `seed`, `lambda_`,
-    `logits_processor` and `asked` (what the memory is asked, where it is not the user's last
-    message) and refuse anything else.
+    `logits_processor`, `json_schema` (a pydantic class or a schema that the answer keeps to) and
+    `asked` (what the memory is asked, where it is not the user's last message), and refuse
+    anything else.
 
     Example:
         llm = MLPMemLLM("./memory")
@@ -211,7 +215,43 @@ class MLPMemLLM(LLM):
         """Like `stream_chat`; the event loop stays free."""
         return self._aparts(self._chatting(messages, kwargs), _reply)
 
+    # Objects: programs say the schema in the prompt, and where a grammar can be had, it is kept to.
+
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,  # noqa: ANN401
+    ) -> Model:
+        """Answer with an object."""
+        kept = self._in_form(output_cls, llm_kwargs)
+        made: Model = super().structured_predict(output_cls, prompt, kept, **prompt_args)
+        return made
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,  # noqa: ANN401
+    ) -> Model:
+        """Like `structured_predict`; the event loop stays free."""
+        kept = self._in_form(output_cls, llm_kwargs)
+        made: Model = await super().astructured_predict(output_cls, prompt, kept, **prompt_args)
+        return made
+
     # What they share.
+
+    def _in_form(
+        self, output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Arguments of a call that has to give an object, unless they see to it themselves."""
+        given = dict(llm_kwargs or {})
+        own = self.logits_processor is not None or {"json_schema", "logits_processor"} & set(given)
+        if not own and can_constrain(self._model.tokenizer):
+            given["json_schema"] = output_cls
+        return given
 
     @property
     def _decoding(self) -> Decoding:
@@ -233,7 +273,7 @@ class MLPMemLLM(LLM):
         return f"mlpmem:{Path(self.memory).name or 'memory'}"
 
     def _completing(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> AnswerStream:
-        decoding, asked = decoding_of(self._decoding, kwargs)
+        decoding, asked = decoding_of(self._decoding, kwargs, self._model.tokenizer)
         if formatted:
             return self._model.continue_text(prompt, decoding, asked=asked)
         to_prompt = self.completion_to_prompt
@@ -244,7 +284,7 @@ class MLPMemLLM(LLM):
         return self._model.continue_text(text, decoding, asked=asked or prompt, strip=True)
 
     def _chatting(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> AnswerStream:
-        decoding, asked = decoding_of(self._decoding, kwargs)
+        decoding, asked = decoding_of(self._decoding, kwargs, self._model.tokenizer)
         return self._reply_to(messages, decoding, asked)
 
     def _reply_to(

@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from llama_index.llms.mlpmem.grammar import JsonGrammar
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.memory_model import Answer
+from mlpmem_rag.generation import Answer
 
 ALIASES = {"max_tokens": "max_new_tokens", "logits_processor": "logits_processors"}
 ALLOWED = (
@@ -21,17 +24,21 @@ ALLOWED = (
     "seed",
     "lambda_",
     "logits_processor",
+    "json_schema",
     "asked",
 )
 
 logger = logging.getLogger(__name__)
 
 
-def decoding_of(default: Decoding, kwargs: dict[str, Any]) -> tuple[Decoding, str | None]:
+def decoding_of(
+    default: Decoding, kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Decoding, str | None]:
     """The LLM's settings with those of one call, and the text the memory is asked with.
 
     Raises:
         ConfigError: an argument that is not known, given twice, or outside what is allowed.
+        MissingDependencyError: a JSON schema, and nothing that keeps to it is installed.
     """
     if unknown := sorted(set(kwargs) - set(ALLOWED)):
         raise ConfigError(
@@ -40,12 +47,16 @@ def decoding_of(default: Decoding, kwargs: dict[str, Any]) -> tuple[Decoding, st
     given = {name: value for name, value in kwargs.items() if value is not None}
     if "max_tokens" in given and "max_new_tokens" in given:
         raise ConfigError("max_tokens and max_new_tokens mean the same; give one of them")
-    asked = given.pop("asked", None)
+    asked, schema = given.pop("asked", None), given.pop("json_schema", None)
     changes = {ALIASES.get(name, name): value for name, value in given.items()}
     for name in ("stop", "logits_processors"):
         if name in changes:
             changes[name] = listed(changes[name])
-    return replace(default, **changes), asked
+    decoding = replace(default, **changes)
+    if schema is not None:
+        grammar = JsonGrammar(tokenizer, schema)
+        decoding = replace(decoding, logits_processors=(*decoding.logits_processors, grammar))
+    return decoding, asked
 
 
 def listed(value: Any) -> tuple[Any, ...]:  # noqa: ANN401

@@ -8,6 +8,8 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from mlpmem_rag.artifact import MANIFEST
+from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.hardware import dtype_name
 from mlpmem_rag.memory_model import MemoryModel
 
 _Key = tuple[str, str, str | None, str, str]
@@ -25,13 +27,36 @@ def shared_model(
         BaseModelError: the base model cannot be loaded.
     """
     path = Path(folder)
-    manifest = path / MANIFEST
-    # A folder that was trained anew holds another memory.
-    content = manifest.read_bytes() if manifest.is_file() else b""
-    key = (str(path.resolve()), hashlib.sha256(content).hexdigest(), base_model, device, dtype)
+    key = (str(path.resolve()), _digest(path), base_model, device, dtype)
     with _lock:
         memory = _loaded.get(key)
         if memory is None:
             memory = MemoryModel.load(path, base_model=base_model, device=device, dtype=dtype)
             _loaded[key] = memory
         return memory
+
+
+def reload(memory: MemoryModel) -> None:
+    """Have a loaded memory be what its folder holds now, for all who use it.
+
+    Raises:
+        ArtifactError: the folder is missing or damaged.
+        BaseModelError: the base model cannot be loaded.
+        ConfigError: the memory was not loaded from a folder.
+    """
+    if memory.folder is None:
+        raise ConfigError("only a memory that was loaded from a folder can be loaded again")
+    place, dtype = memory.model.device.type, dtype_name(memory.model.dtype)
+    with _lock:
+        memory.become(MemoryModel.load(memory.folder, device=place, dtype=dtype))
+        digest = _digest(memory.folder)
+        for key, loaded in list(_loaded.items()):
+            if loaded is memory:
+                _loaded[key[0], digest, *key[2:]] = memory
+
+
+def _digest(folder: Path) -> str:
+    """A folder that was trained anew holds another memory."""
+    manifest = folder / MANIFEST
+    content = manifest.read_bytes() if manifest.is_file() else b""
+    return hashlib.sha256(content).hexdigest()

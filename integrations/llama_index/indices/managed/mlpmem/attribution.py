@@ -11,8 +11,9 @@ import asyncio
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -30,6 +31,8 @@ from llama_index.core.schema import (
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llama_index.indices.managed.mlpmem.documents import document_id
+from llama_index.indices.managed.mlpmem.refused import check_question
+from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.provenance import Origin, Provenance
 from mlpmem_rag.query import QueryEncoder
@@ -92,8 +95,8 @@ class LazyNodes(Sequence[NodeWithScore]):
 class NodeSearch:
     """Nodes by their likeness to a text: by the memory's own encoder, else by shared words."""
 
-    def __init__(self, encoder: QueryEncoder | None) -> None:
-        self._encoder = encoder
+    def __init__(self, model: MemoryModel) -> None:
+        self._model = model
         self._vectors: dict[str, np.ndarray[Any, Any]] = {}  # node hash -> vector
         self._lock = threading.Lock()
 
@@ -104,8 +107,8 @@ class NodeSearch:
         with self._lock:
             scores = (
                 self._by_words(nodes, text)
-                if self._encoder is None
-                else self._by_vectors(self._encoder, nodes, text)
+                if self._model.encoder is None
+                else self._by_vectors(self._model.encoder, nodes, text)
             )
         best = np.argsort(-scores, kind="stable")[:top_k]
         return [NodeWithScore(node=nodes[n], score=float(scores[n])) for n in best]
@@ -128,6 +131,38 @@ class NodeSearch:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of a training.
+
+    Attributes:
+        provenance: where each of them comes from.
+        names: their documents' ids -> those of the index, where they differ.
+    """
+
+    provenance: Provenance
+    names: Mapping[str, str]
+
+    @classmethod
+    def open(cls, folder: Path, names: Mapping[str, str]) -> Rows | None:
+        """Those that were kept with a memory; None: they were deleted, or not copied with it."""
+        try:
+            return cls(Provenance.open(folder), names)
+        except ArtifactError:
+            return None
+
+    def document(self, origin: Origin) -> str:
+        """The document of the index that a row comes from."""
+        return self.names.get(origin.document, origin.document)
+
+    def text(self, origin: Origin, model: MemoryModel) -> str:
+        """What a row was taught with."""
+        if origin.question is not None:
+            return origin.source
+        ids = self.provenance.passage(origin.document, origin.position)
+        return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
 class Attribution:
     """Finds sources among the nodes of an index.
 
@@ -135,19 +170,18 @@ class Attribution:
         model: the memory that answers.
         nodes: gives the index's nodes as they are now.
         search: finds similar ones.
-        provenance: the rows of the training; None: they were not kept.
+        rows: gives the rows of the last training; None: they were not kept.
     """
 
     model: MemoryModel
     nodes: Callable[[], list[BaseNode]]
     search: NodeSearch
-    provenance: Provenance | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    rows: Callable[[], Rows | None]
 
     @property
     def label(self) -> str:
         """How sources of answers are found."""
-        return SIMILAR if self.provenance is None else TRACED
+        return SIMILAR if self.rows() is None else TRACED
 
     def similar(self, question: str, answer: str, top_k: int) -> list[NodeWithScore]:
         """Nodes like question and answer together."""
@@ -159,22 +193,22 @@ class Attribution:
 
     def documents(self, question: str, answer: str) -> set[str]:
         """Documents that the rows behind an answer come from."""
-        if self.provenance is None:
+        if (rows := self.rows()) is None:
             return set()
-        origins = self.model.origins(question, answer, self.provenance)
-        return {origin.document for _, origin in origins if origin is not None}
+        origins = self.model.origins(question, answer, rows.provenance)
+        return {rows.document(origin) for _, origin in origins if origin is not None}
 
     def sources(self, question: str, answer: str, top_k: int) -> list[NodeWithScore]:
         """The nodes that taught an answer, scored by the share of its tokens that they hold."""
-        if self.provenance is None:
+        if (rows := self.rows()) is None:
             return self.similar(question, answer, top_k)
-        origins = self.model.origins(question, answer, self.provenance)
+        origins = self.model.origins(question, answer, rows.provenance)
         nodes: dict[str, BaseNode] = {}
         taught: dict[str, list[dict[str, str | None]]] = {}
         here = self.nodes()
         for token, origin in origins:
             if origin is not None:
-                node = self._node(here, origin)
+                node = _node(here, rows.document(origin), rows.text(origin, self.model))
                 nodes[node.node_id] = node
                 told = {"token": token, "question": origin.question}
                 taught.setdefault(node.node_id, []).append(told)
@@ -199,26 +233,9 @@ class Attribution:
             return {"stale_documents": {}, "touched_stale": []}
         touched = self.documents(question, answer)
         touched |= {document_id(found.node) for found in self.similar(question, answer, top_k)}
-        if self.provenance is None:
+        if self.rows() is None:
             touched |= {name for name, why in stale.items() if why == "deleted"}
         return {"stale_documents": stale, "touched_stale": sorted(touched & set(stale))}
-
-    def _node(self, nodes: Sequence[BaseNode], origin: Origin) -> BaseNode:
-        """The node of the index in which a row stands; without one, the row's own text."""
-        assert self.provenance is not None
-        text = origin.source
-        if origin.question is None:
-            ids = self.provenance.passage(origin.document, origin.position)
-            text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
-        words = set(_WORD.findall(text.lower()))
-        here = [node for node in nodes if document_id(node) == origin.document]
-        if here:
-            return max(here, key=lambda n: len(words & set(_WORD.findall(_text(n).lower()))))
-        return TextNode(
-            id_=f"{origin.document}#{text}",
-            text=text,
-            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=origin.document)},
-        )
 
 
 class AttributionRetriever(BaseRetriever):
@@ -237,12 +254,26 @@ class AttributionRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         question, top_k = query_bundle.query_str, self.similarity_top_k
+        check_question(question)
         if isinstance(query_bundle, AnsweredQuery) and query_bundle.answer.strip():
             return self.attribution.sources(question, query_bundle.answer, top_k)
         return self.attribution.similar(question, "", top_k)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _node(nodes: Sequence[BaseNode], document: str, text: str) -> BaseNode:
+    """The node of a document in which a text stands; without one, the text itself."""
+    words = set(_WORD.findall(text.lower()))
+    here = [node for node in nodes if document_id(node) == document]
+    if here:
+        return max(here, key=lambda n: len(words & set(_WORD.findall(_text(n).lower()))))
+    return TextNode(
+        id_=f"{document}#{text}",
+        text=text,
+        relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=document)},
+    )
 
 
 def _text(node: BaseNode) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 
@@ -15,13 +19,27 @@ def document_id(node: BaseNode) -> str:
     return node.ref_doc_id or node.node_id
 
 
-def corpus_of_documents(documents: Iterable[BaseNode]) -> Corpus:
+@dataclass(frozen=True)
+class NamedCorpus:
+    """A corpus whose ids are the same each time that the same documents are read.
+
+    Attributes:
+        corpus: what is trained on.
+        names: id in the corpus -> id of the document. They differ where a reader made up the
+            latter: LlamaIndex's give a random one each time.
+    """
+
+    corpus: Corpus
+    names: dict[str, str]
+
+
+def corpus_of_documents(documents: Iterable[BaseNode]) -> NamedCorpus:
     """A corpus of whole documents, without their metadata but for a title.
 
     Raises:
         CorpusError: no document holds text.
     """
-    return make_corpus(
+    return _named(
         Record(
             text=document.get_content(metadata_mode=MetadataMode.NONE),
             title=_title(document),
@@ -31,7 +49,7 @@ def corpus_of_documents(documents: Iterable[BaseNode]) -> Corpus:
     )
 
 
-def corpus_of_nodes(nodes: Iterable[BaseNode]) -> Corpus:
+def corpus_of_nodes(nodes: Iterable[BaseNode]) -> NamedCorpus:
     """A corpus of the documents that nodes were cut from, put together again.
 
     Raises:
@@ -40,10 +58,33 @@ def corpus_of_nodes(nodes: Iterable[BaseNode]) -> Corpus:
     parts: dict[str, list[BaseNode]] = {}
     for node in nodes:
         parts.setdefault(document_id(node), []).append(node)
-    return make_corpus(
+    return _named(
         Record(text=joined(group), title=_title(group[0]), id=document)
         for document, group in parts.items()
     )
+
+
+def _named(records: Iterable[Record]) -> NamedCorpus:
+    lasting: list[Record] = []
+    names: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for record in records:
+        given = record.id or ""
+        name = given
+        if _is_random(given):
+            digest = hashlib.sha256(f"{record.title}\n{record.text}".encode()).hexdigest()[:32]
+            seen[digest] += 1
+            name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        lasting.append(replace(record, id=name))
+        names[name] = given
+    return NamedCorpus(make_corpus(lasting), names)
+
+
+def _is_random(name: str) -> bool:
+    try:
+        return uuid.UUID(name).version == 4
+    except ValueError:
+        return False
 
 
 def joined(nodes: Sequence[BaseNode]) -> str:

@@ -77,7 +77,7 @@ class MemoryQueryEngine(RetrieverQueryEngine):
             )
         super().__init__(retriever, synthesizer, node_postprocessors, callback_manager)
         self._attribution = attribution
-        self._label = retriever.attribution.label
+        self._found = retriever.attribution
         self._stale = stale
 
     @dispatcher.span
@@ -128,7 +128,7 @@ class MemoryQueryEngine(RetrieverQueryEngine):
         await asyncio.to_thread(self._tell, details_of(response), query.query_str, answer)
 
     def _tell(self, details: Details, question: str, answer: str) -> None:
-        details["attribution"] = "none" if self._attribution == "none" else self._label
+        details["attribution"] = "none" if self._attribution == "none" else self._found.label
         details.update(self._stale(question, answer))
 
     def _finishing(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from llama_index.core.chat_engine.types import ChatMode
+from llama_index.core.llms.utils import LLMType
 from llama_index.core.response_synthesizers import ResponseMode
 
+from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_rag.errors import ConfigError
 
 _NO_PASSAGES = "no passages are put into the prompt; simple_template changes the prompt"
@@ -63,3 +66,33 @@ def check_chat_mode(mode: ChatMode) -> None:
             f"chat mode {mode.value!r} reads retrieved passages or is an agent; a memory chats in "
             "best, condense_question and simple. For agents, give a QueryEngineTool to one"
         )
+
+
+def check_question(text: str) -> None:
+    """Refuse to ask nothing.
+
+    Raises:
+        ConfigError: the question is empty.
+    """
+    if not text.strip():
+        raise ConfigError("the question is empty; ask something")
+
+
+def check_own(llm: LLMType, folder: Path) -> MLPMemLLM:
+    """Refuse an LLM that does not hold the memory of this folder.
+
+    Raises:
+        ConfigError: it is another kind of LLM, or holds another memory.
+    """
+    if not isinstance(llm, MLPMemLLM):
+        raise ConfigError(
+            f"llm is a {type(llm).__name__}: a memory answers through its own base model "
+            "only; give index.as_llm(...), or nothing"
+        )
+    theirs = llm.model.folder
+    if theirs is None or theirs.resolve() != folder.resolve():
+        raise ConfigError(
+            f"llm answers from the memory {theirs}, the index has {folder}; give "
+            "index.as_llm(...), or nothing"
+        )
+    return llm

@@ -26,12 +26,14 @@ class MLPMemIndexStruct(IndexStruct):
         documents: what the memory has learned: document id -> hash of the document.
         stale: documents that are not as the memory learned them: id -> `inserted`, `changed` or
             `deleted`.
+        names: ids that the memory was taught with -> ids of the documents, where they differ.
     """
 
     memory: str = ""
     nodes: list[str] = field(default_factory=list)
     documents: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def get_type(cls) -> MLPMemStructType:  # type: ignore[override]  # theirs is a closed list
@@ -39,7 +41,7 @@ class MLPMemIndexStruct(IndexStruct):
         return MLPMemStructType.MLPMEM
 
     def inserted(self, document: str) -> None:
-        """Note text that the memory has not learned."""
+        """Note a document that is not, or no longer whole, as the memory learned it."""
         self.stale[document] = "changed" if document in self.documents else "inserted"
 
     def deleted(self, document: str) -> None:

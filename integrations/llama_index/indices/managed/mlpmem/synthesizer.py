@@ -26,6 +26,7 @@ from llama_index.core.response_synthesizers import Generation
 from llama_index.core.schema import NodeWithScore, QueryType
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index.indices.managed.mlpmem.refused import check_question
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_rag.errors import ConfigError
 
@@ -98,9 +99,12 @@ class MemorySynthesizer(Generation):
         return response
 
     def _respond(self, text: str, kwargs: dict[str, Any]) -> RESPONSE_TYPE:
+        check_question(text)
         details = self._details()
         if self._output_cls is not None:
-            value = self._llm.structured_predict(self._output_cls, self._template, query_str=text)
+            value = self._llm.structured_predict(
+                self._output_cls, self._template, {"asked": text}, query_str=text
+            )
             return PydanticResponse(value, metadata={KEY: details})
         messages = self._messages(text, kwargs)
         if self._streaming:
@@ -111,10 +115,11 @@ class MemorySynthesizer(Generation):
         return Response(reply.message.content or "", metadata={KEY: details})
 
     async def _arespond(self, text: str, kwargs: dict[str, Any]) -> RESPONSE_TYPE:
+        check_question(text)
         details = self._details()
         if self._output_cls is not None:
             value = await self._llm.astructured_predict(
-                self._output_cls, self._template, query_str=text
+                self._output_cls, self._template, {"asked": text}, query_str=text
             )
             return PydanticResponse(value, metadata={KEY: details})
         messages = self._messages(text, kwargs)
@@ -132,8 +137,6 @@ class MemorySynthesizer(Generation):
         return self._input_prompt.model_copy()
 
     def _messages(self, text: str, kwargs: dict[str, Any]) -> list[ChatMessage]:
-        if not text.strip():
-            raise ConfigError("the question is empty; ask something")
         return self._input_prompt.format_messages(llm=self._llm, query_str=text, **kwargs)
 
     def _details(self) -> Details:

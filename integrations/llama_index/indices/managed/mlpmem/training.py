@@ -9,10 +9,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from llama_index.indices.managed.mlpmem.documents import NamedCorpus
 from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.lessons import StudyConfig
+from mlpmem_rag.pipeline import train
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 
 
@@ -30,6 +32,26 @@ def config_of(training: dict[str, Any]) -> TrainConfig:
         "distill": None if distill is None else DistillConfig(**distill),
     }
     return TrainConfig(**{**training, **changes})
+
+
+def train_memory(
+    named: NamedCorpus,
+    folder: Path,
+    config: TrainConfig,
+    show_progress: bool,
+    on_progress: OnProgress | None,
+) -> dict[str, str]:
+    """Train, or find what the same training has left.
+
+    Returns:
+        The ids that the memory was taught with -> ids of the documents, where they differ.
+
+    Raises:
+        MLPMemError: as `mlpmem_rag.train`.
+    """
+    with bars(show_progress, on_progress) as told:
+        train(named.corpus, out=folder, config=config, on_progress=told)
+    return {name: given for name, given in named.names.items() if name != given}
 
 
 @contextmanager

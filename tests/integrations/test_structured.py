@@ -1,0 +1,166 @@
+"""Answers as objects: by a program, and held to their form by a grammar."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import json
+import sys
+from typing import Any, Literal
+
+import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.bridge.pydantic import BaseModel, Field
+from llama_index.core.llms import ChatMessage
+from llama_index.core.program import LLMTextCompletionProgram
+
+from llama_index.indices.managed.mlpmem import MLPMemIndex
+from llama_index.llms.mlpmem import MLPMemLLM
+from llama_index.llms.mlpmem.grammar import closed
+from mlpmem_rag.errors import ConfigError, MissingDependencyError
+from mlpmem_rag.memory_model import MemoryModel
+
+from .fakes import Script
+
+QUESTION = "Who found wild honey in the old mill?"
+
+
+class Person(BaseModel):
+    """Somebody."""
+
+    name: str
+
+
+class Find(BaseModel):
+    """Something that was found, in so few words that any model comes to an end."""
+
+    who: Literal["Ines", "Tollen"]
+    year: int = Field(ge=1800, le=1899)
+
+
+@pytest.fixture
+def llm(chat_model: MemoryModel) -> MLPMemLLM:
+    return MLPMemLLM.from_model(chat_model, max_new_tokens=48)
+
+
+# Without a grammar.
+
+
+def test_a_processor_makes_objects(index: MLPMemIndex) -> None:
+    tokenizer, written = index.llm.model.tokenizer, '{"name": "Ines"}'
+    program = LLMTextCompletionProgram.from_defaults(
+        output_cls=Person, prompt_template_str="Who?", llm=index.as_llm(max_new_tokens=30)
+    )
+    said = {"logits_processor": Script(tokenizer, written)}
+    assert program(llm_kwargs=said) == Person(name="Ines")
+    llm = index.as_llm(max_new_tokens=30, logits_processor=Script(tokenizer, written))
+    response: Any = index.as_query_engine(llm=llm, output_cls=Person).query(QUESTION)
+    assert response.response == Person(name="Ines")
+    with pytest.raises(ConfigError, match="does not go with streaming"):
+        index.as_query_engine(output_cls=Person, streaming=True)
+
+
+# With one.
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("given", [{}, {"temperature": 1.5, "seed": 1}])
+def test_every_answer_keeps_to_the_schema(
+    llm: MLPMemLLM, lambda_: float, given: dict[str, Any]
+) -> None:
+    for schema in (Find, Find.model_json_schema()):
+        reply = llm.complete(QUESTION, json_schema=schema, lambda_=lambda_, **given)
+        Find.model_validate_json(reply.text)
+        assert reply.raw["finish_reason"] == "stop"
+    assert llm.complete(QUESTION, lambda_=lambda_, **given).text != reply.text
+
+
+def test_programs_and_chats_take_a_schema(llm: MLPMemLLM) -> None:
+    program = LLMTextCompletionProgram.from_defaults(
+        output_cls=Find, prompt_template_str="Who found {what}?", llm=llm
+    )
+    kept = {"json_schema": Find}
+    assert program(llm_kwargs=kept, what="honey") == asyncio.run(
+        program.acall(llm_kwargs=kept, what="honey")
+    )
+    parts = list(llm.stream_chat([ChatMessage(QUESTION)], json_schema=Find))
+    Find.model_validate_json("".join(part.delta or "" for part in parts))
+
+
+def test_wherever_an_object_is_asked_for_it_keeps_to_its_form(index: MLPMemIndex) -> None:
+    llm = index.as_llm(max_new_tokens=48)
+    template = PromptTemplate("Who found {what}?")
+    found = llm.structured_predict(Find, template, what="honey")
+    assert isinstance(found, Find)
+    assert asyncio.run(llm.astructured_predict(Find, template, what="honey")) == found
+    assert isinstance(llm.as_structured_llm(Find).chat([ChatMessage(QUESTION)]).raw, Find)
+    engine = index.as_query_engine(llm=llm, output_cls=Find)
+    response: Any = engine.query(QUESTION)
+    assert isinstance(response.response, Find)
+    again: Any = asyncio.run(engine.aquery(QUESTION))
+    assert again.response == response.response
+    assert json.loads(str(response)) == response.response.model_dump()
+
+
+def test_the_memory_is_asked_the_question_and_not_the_schema(
+    index: MLPMemIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder: Any = index.llm.model.encoder
+    seen: list[str] = []
+    encode = encoder.encode
+
+    def noting(_: object, texts: list[str]) -> Any:  # noqa: ANN401
+        seen.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(type(encoder), "encode", noting)
+    index.as_query_engine(llm=index.as_llm(max_new_tokens=48), output_cls=Find).query(QUESTION)
+    assert seen == [QUESTION]
+
+
+def test_objects_hold_what_is_named() -> None:
+    one = {"type": "object", "properties": {"properties": {"type": "string"}}}
+    open_one = {**one, "additionalProperties": True}
+    schema = {"anyOf": [one, open_one], "$defs": {"a": {"items": one}}, "allOf": [one]}
+    shut = {**one, "additionalProperties": False}
+    assert closed(schema) == {
+        "anyOf": [shut, open_one],
+        "$defs": {"a": {"items": shut}},
+        "allOf": [one],
+    }
+
+
+# What cannot be.
+
+
+def test_a_schema_that_is_none_is_refused(llm: MLPMemLLM) -> None:
+    with pytest.raises(ConfigError, match="json_schema cannot be kept to"):
+        llm.complete(QUESTION, json_schema={"type": "nothing of the kind"})
+
+
+def test_a_tokenizer_without_an_end_is_refused(llm: MLPMemLLM) -> None:
+    tokenizer = copy.deepcopy(llm.model.tokenizer)
+    tokenizer.eos_token = None
+    endless = MLPMemLLM.from_model(MemoryModel(llm.model.model, tokenizer), max_new_tokens=8)
+    with pytest.raises(ConfigError, match="a token that ends a text"):
+        endless.complete(QUESTION, json_schema=Find)
+
+
+def test_without_the_library_the_message_holds_the_command(
+    index: MLPMemIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llguidance" else find_spec(name)
+    )
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    llm = index.as_llm(max_new_tokens=30)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mlpmem-rag\[structured\]'"):
+        llm.complete(QUESTION, json_schema=Find)
+    said = Script(index.llm.model.tokenizer, '{"name": "Ines"}')
+    kept = {"logits_processor": said}
+    # Objects can be asked for all the same; only nothing makes sure of their form.
+    assert llm.structured_predict(Person, PromptTemplate("Who?"), kept) == Person(name="Ines")
+    with pytest.raises(ValueError, match="extract json"):
+        llm.structured_predict(Person, PromptTemplate("Who?"))
