@@ -50,6 +50,13 @@ def compare(
         float,
         typer.Option(min=0.0, max=1.0, help="Confidence below which memory-first asks RAG."),
     ] = 0.5,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Any LlamaIndex LLM that is to judge the answers: MODULE:CLASS?model=NAME&…, or "
+            "FILE.py:NAME. What is named is run."
+        ),
+    ] = None,
     seed: options.SeedOption = 0,
     base_model: options.BaseModelOption = None,
     device: options.DeviceOption = options.Device.auto,
@@ -83,6 +90,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         concurrency=concurrency,
         threshold=threshold,
+        judge=judge,
         seed=seed or 0,
         base_model=base_model,
         device=device.value,
@@ -129,7 +137,9 @@ def accuracy_table(report: Report) -> Table:
     """How right each arm is."""
     from mlpmem_eval import wording
 
-    table = _table("How right", "arm", "n", "EM (95 %)", "F1 (95 %)", "contains", "similarity")
+    judged = any(arm.judged for arm in report.arms.values())
+    names = ("n", "EM (95 %)", "F1 (95 %)", "contains", "similarity", *["judge (95 %)"] * judged)
+    table = _table("How right", "arm", *names)
     for name, arm in report.arms.items():
         failed = f" ({arm.failed} failed)" if arm.failed else ""
         table.add_row(
@@ -139,6 +149,7 @@ def accuracy_table(report: Report) -> Table:
             wording.decimals(arm.f1) + wording.between(arm.intervals.get("f1")),
             wording.decimals(arm.contains),
             wording.decimals(arm.similarity),
+            *[wording.decimals(arm.judge) + wording.between(arm.intervals.get("judge"))] * judged,
         )
     return table
 

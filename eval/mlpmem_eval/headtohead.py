@@ -11,7 +11,9 @@ from typing import Any
 from mlpmem_eval.arms import Arm, make_arms
 from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.environment import machine, versions
-from mlpmem_eval.folder import ROWS, report_folder
+from mlpmem_eval.folder import JUDGEMENTS, ROWS, report_folder
+from mlpmem_eval.judge import Judge, Judgements, judged
+from mlpmem_eval.named_llm import load_llm
 from mlpmem_eval.questions import EvalQuestion, QuestionSet, load_questions, written_questions
 from mlpmem_eval.render import write_report
 from mlpmem_eval.report import build_report
@@ -45,6 +47,7 @@ class CompareConfig:
         concurrency: questions that an arm has at the same time.
         warm_up: questions asked of every arm before.
         threshold: confidence below which `memory-first` asks RAG.
+        judge: name of an LLM that judges the answers, as `named_llm.load_llm` reads it.
         seed: of everything random.
         base_model: where the base model is, if not where it was in training.
         device: where to compute.
@@ -64,6 +67,7 @@ class CompareConfig:
     concurrency: int = 1
     warm_up: int = 2
     threshold: float = 0.5
+    judge: str | None = None
     seed: int = 0
     base_model: str | None = None
     device: str = "auto"
@@ -77,11 +81,12 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
 
     Raises:
         ArtifactError: the memory is missing, damaged, or belongs to another base model.
-        ConfigError: no questions, an unknown arm, or one that lacks the documents.
+        ConfigError: no questions, an unknown arm or judge, or an arm that lacks the documents.
         CorpusError: the documents cannot be read.
         OutputError: the output folder cannot be used.
     """
     manifest = load_manifest(config.memory)
+    judge = None if config.judge is None else Judge(config.judge, load_llm(config.judge))
     corpus = read_corpus(config.corpus) if config.corpus is not None else None
     asked = questions_of(config, corpus, on_progress)
     with report_folder(config.out) as work:
@@ -109,6 +114,7 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
             settings=settings_of(config, manifest, corpus, bench),
             warnings=warnings_of(config, manifest, corpus, asked),
             memory=memory,
+            judge=judge,
             on_progress=on_progress,
         )
         write_report(report, config.out)
@@ -124,6 +130,7 @@ def compare_arms(
     settings: dict[str, Any],
     warnings: Sequence[str],
     memory: MemoryModel,
+    judge: Judge | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Report:
     """Ask arms that are made already, and report."""
@@ -134,14 +141,19 @@ def compare_arms(
         RunSettings(config.concurrency, config.warm_up, {"machine": settings["machine"]}),
         on_progress=on_progress,
     )
+    found = Judgements({}, 0)
+    if judge is not None:
+        path = rows_path.with_name(JUDGEMENTS)
+        found = judged(judge, questions, rows, path, on_progress=on_progress)
     return build_report(
         questions,
         rows,
         arm_settings={arm.answerer.name: arm.answerer.settings for arm in arms},
         setups={arm.answerer.name: arm.setup for arm in arms},
         settings=settings,
-        warnings=warnings,
+        warnings=[*warnings, *([found.problem] if found.problem else [])],
         encoder=sentence_encoder(memory),
+        judgements=found.scores,
         seed=config.seed,
     )
 

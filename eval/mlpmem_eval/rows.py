@@ -84,8 +84,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to the file, on the disk when this returns."""
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    """Add rows to the file."""
+    append_lines(path, [asdict(row) for row in rows])
+
+
+def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Add values to a jsonl file, handed to the system when this returns."""
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     with path.open("a+b") as file:
         if file.tell() and not _ends_a_line(file):
             file.write(b"\n")  # the run before ended within a line
