@@ -98,16 +98,8 @@ def compare(
         strict=strict,
         command=shlex.join(["mlpmem-rag", *sys.argv[1:]]),
     )
-    try:
-        with display.progress_bars(console) as on_progress:
-            report = run_comparison(config, on_progress=on_progress)
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted; what is done is kept in {out}, run the same command to go on",
-            markup=False,
-            highlight=False,
-        )
-        raise typer.Exit(130) from None
+    with display.keeping(console, out), display.progress_bars(console) as on_progress:
+        report = run_comparison(config, on_progress=on_progress)
     show(report, as_json=as_json)
     console.print(f"written to {out}: report.html, report.md, report.json", markup=False)
 

@@ -90,21 +90,7 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
     corpus = read_corpus(config.corpus) if config.corpus is not None else None
     asked = questions_of(config, corpus, on_progress)
     with report_folder(config.out) as work:
-        memory = MemoryModel.load(
-            config.memory, base_model=config.base_model, device=config.device, dtype=config.dtype
-        )
-        bench = Workbench(
-            memory,
-            config.memory,
-            manifest,
-            work,
-            corpus,
-            config.max_new_tokens,
-            lambda: _tuning_questions(corpus, asked.questions, config.seed, on_progress),
-            threshold=config.threshold,
-            seed=config.seed,
-            on_progress=on_progress,
-        )
+        bench = opened(config, manifest, work, corpus, asked.questions, on_progress)
         arms = make_arms(config.arms, bench)
         report = compare_arms(
             arms,
@@ -113,12 +99,47 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
             config,
             settings=settings_of(config, manifest, corpus, bench),
             warnings=warnings_of(config, manifest, corpus, asked),
-            memory=memory,
+            memory=bench.memory,
             judge=judge,
             on_progress=on_progress,
         )
         write_report(report, config.out)
     return report
+
+
+def opened(
+    config: CompareConfig,
+    manifest: Manifest,
+    work: Path,
+    corpus: Corpus | None,
+    asked: Sequence[EvalQuestion],
+    on_progress: OnProgress = ignore_progress,
+) -> Workbench:
+    """Load the memory and lay out what arms are made from.
+
+    Args:
+        config: of the comparison.
+        manifest: of the memory.
+        work: a folder for indexes and searches.
+        corpus: the documents.
+        asked: evaluation questions, none of which any setting is chosen on.
+        on_progress: called often.
+    """
+    memory = MemoryModel.load(
+        config.memory, base_model=config.base_model, device=config.device, dtype=config.dtype
+    )
+    return Workbench(
+        memory,
+        config.memory,
+        manifest,
+        work,
+        corpus,
+        config.max_new_tokens,
+        lambda: _tuning_questions(corpus, asked, config.seed, on_progress),
+        threshold=config.threshold,
+        seed=config.seed,
+        on_progress=on_progress,
+    )
 
 
 def compare_arms(

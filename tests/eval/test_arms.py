@@ -17,13 +17,10 @@ from mlpmem_eval.tuning import tune
 from mlpmem_eval.twin import sharing_base
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.artifact import load_manifest
-from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, Document
-from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.pipeline import train
 from mlpmem_rag.reading import reading_prompt
 
 from .fakes import LetterEncoder
@@ -34,31 +31,13 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(
-    tiny_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("memories") / "tiny"
-    config = TrainConfig(
-        recipe="paper",
-        base_model=str(tiny_folder),
-        device="cpu",
-        dtype="float32",
-        window=48,
-        neighbors=8,
-        distill=DistillConfig(epochs=2, batch_rows=256, learning_rate=1e-2),
-    )
-    train(Corpus(tuple(tiny_documents)), out=out, config=config)
-    return out
-
-
 @pytest.fixture
-def bench(folder: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
-    memory = MemoryModel.load(folder, device="cpu", dtype="float32")
+def bench(tiny_memory: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
+    memory = MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
     return Workbench(
         memory,
-        folder,
-        load_manifest(folder),
+        tiny_memory,
+        load_manifest(tiny_memory),
         tmp_path,
         Corpus(tuple(tiny_documents)),
         max_new_tokens=4,
@@ -78,8 +57,8 @@ def test_arms_that_are_not_known_or_lack_documents_are_refused(bench: Workbench)
                 make_arms([name], bench)
 
 
-def test_a_knn_that_votes_like_the_datastore(bench: Workbench, folder: Path) -> None:
-    teacher = open_teacher(folder, load_manifest(folder), bench.memory.model.memory)
+def test_a_knn_that_votes_like_the_datastore(bench: Workbench, tiny_memory: Path) -> None:
+    teacher = open_teacher(tiny_memory, load_manifest(tiny_memory), bench.memory.model.memory)
     assert isinstance(teacher, NeighborMemory)
     twin = sharing_base(bench.memory, teacher, 0.5)
     assert twin.model.base is bench.memory.model.base

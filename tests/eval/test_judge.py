@@ -133,7 +133,7 @@ def test_a_judge_that_is_away_costs_its_scores_only(tmp_path: Path) -> None:
         file.write('{"key": "cut sh')
     second = judged(Judge("x", back), asked, said, path)
     assert len(back._read) == 6
-    assert second.scores == first.scores | {("a", f"q{n}"): 0.0 for n in range(2, 8)}
+    assert second.scores == dict(first.scores) | {("a", f"q{n}"): 0.0 for n in range(2, 8)}
     assert second.problem is None
     other = Strict(lambda _: "5\nYes.")
     assert set(judged(Judge("another", other), asked, said, path).scores.values()) == {1.0}
