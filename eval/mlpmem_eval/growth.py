@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from llama_index.core import VectorStoreIndex
@@ -82,8 +83,7 @@ def first_tokens(
     for turn, question in enumerate([questions[0], *questions]):
         for place in range(len(arms)):
             number = (turn + place) % len(arms)
-            answerer = arms[number].answerer
-            _, timing = recorder.timed(lambda a=answerer, q=question: a.answer(q.text))
+            _, timing = recorder.timed(partial(arms[number].answerer.answer, question.text))
             if turn:
                 times[number].append(1000 * timing.ttft)
         on_progress(ProgressEvent("corpus size", turn, len(questions), "questions"))

@@ -173,8 +173,8 @@ def growth_section(
     for factor in factors:
         engine = native_engine(grown_index(index, bench.embedding, factor), bench.chat_llm(0.0))
         arms.append(Sized(QueryEngineAnswerer("rag", engine), factor))
-    for factor in factors if teacher is not None else ():
-        arms += _grown_knn(bench, teacher, factor)
+    if teacher is not None:
+        arms += [arm for factor in factors for arm in _grown_knn(bench, teacher(), factor)]
     with recording() as recorder:
         found = first_tokens(arms, questions[:QUESTIONS], recorder, on_progress=on_progress)
     return Section(
@@ -196,9 +196,8 @@ def growth_section(
     )
 
 
-def _grown_knn(bench: Workbench, teacher: Callable[[], NeighborMemory], factor: int) -> list[Sized]:
+def _grown_knn(bench: Workbench, grown: NeighborMemory, factor: int) -> list[Sized]:
     """kNN-LM on so many times its rows, as long as they are searched one by one."""
-    grown = teacher()
     if grown.num_rows * factor > FLAT_MAX_ROWS:
         return []
     grown.add_far_rows(grown.num_rows * (factor - 1))

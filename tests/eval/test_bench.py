@@ -202,10 +202,9 @@ def test_every_arm_is_timed_in_turns_after_a_warm_up(clock: FakeClock) -> None:
     ]
     with recording(clock) as recorder:
         found = first_tokens(arms, asked, recorder)
-    assert [(t.arm, t.factor, t.milliseconds) for t in found] == [
-        ("rag", 1, pytest.approx((250.0,) * 3)),
-        ("rag", 4, pytest.approx((500.0,) * 3)),
-    ]
+    assert [(t.arm, t.factor, len(t.milliseconds)) for t in found] == [("rag", 1, 3), ("rag", 4, 3)]
+    assert found[0].milliseconds == pytest.approx((250.0,) * 3)
+    assert found[1].milliseconds == pytest.approx((500.0,) * 3)
     assert found[1].median == pytest.approx(500.0)
 
 
