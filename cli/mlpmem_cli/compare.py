@@ -47,9 +47,14 @@ def compare(
         int, typer.Option(min=1, help="Questions that an arm has at the same time.")
     ] = 1,
     threshold: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Confidence below which memory-first asks RAG."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Confidence below which memory-first asks RAG. [default: fitted on questions "
+            "written from the corpus]",
+        ),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from llama_index.core.base.response.schema import Response
+from llama_index.core.callbacks import CallbackManager
 
+from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
 from mlpmem_eval.arms import ARMS, make_arms
 from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.knn import NeighborMemory, open_teacher
@@ -21,6 +26,7 @@ from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.reading import reading_prompt
 
 from .fakes import LetterEncoder
@@ -112,11 +118,59 @@ def test_a_search_is_done_once(bench: Workbench) -> None:
 
 # peft asks transformers 5 for a name that it will have no more in 6.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("name", ["base", "memory", "knn", "lora"])
+@pytest.mark.parametrize("name", ARMS)
 def test_an_arm_answers(name: str, bench: Workbench, tmp_path: Path) -> None:
+    bench.threshold = 0.5  # this memory gives no confidence to fit one on
     (arm,) = make_arms([name], bench)
     rows = run_comparison([arm.answerer], QUESTIONS, tmp_path / "rows", RunSettings(warm_up=0))
     assert [row.error for row in rows] == [None, None]
     assert all(row.llm_calls >= 1 for row in rows)
-    assert rows[0].documents is None
+    retrieves = name in ("rag", "rag-tuned", "memory+rag", "memory-first")
+    assert (rows[0].documents is not None) == retrieves
+    assert arm.answerer.name == name
     json.dumps(arm.answerer.settings)  # kept with the report
+
+
+@dataclass
+class Sure:
+    """Remembers what it is told to, as sure as it is told to be."""
+
+    says: dict[str, tuple[str, float]]
+
+    def query(self, question: object) -> Response:
+        text, sure = self.says[getattr(question, "query_str", str(question))]
+        return Response(text, metadata={"mlpmem": {"confidence": sure, "route": "memory"}})
+
+    callback_manager = CallbackManager()
+
+
+def test_the_threshold_is_the_best_on_written_questions(bench: Workbench) -> None:
+    asked = [EvalQuestion(f"q{n}", f"{n}?", ("right",)) for n in range(5)]
+    sure = (0.02, 0.04, 0.06, 0.08, 0.3)
+    remembered = ("wrong", "wrong", "right", "wrong", "right")
+    read = ("right", "right", "wrong", "wrong", "wrong")
+    says = zip(asked, remembered, sure, strict=True)
+    memory = Sure({q.text: (text, confidence) for q, text, confidence in says})
+    rag = Sure({q.text: (text, 1.0) for q, text in zip(asked, read, strict=True)})
+
+    def engine() -> MemoryFirstQueryEngine:
+        return MemoryFirstQueryEngine(cast(Any, memory), cast(Any, rag))
+
+    events: list[ProgressEvent] = []
+    bench.tuning_questions, bench.on_progress = (lambda: asked), events.append
+    first = engine()
+    threshold, seconds = bench.fit_threshold(first, {})
+    assert (threshold, first.threshold) == (0.06, 0.06)
+    assert seconds > 0
+    assert bench.searches["memory-first"] | {"seconds": 0, "key": ""} == {
+        "seconds": 0, "key": "", "threshold": 0.06, "right": 0.8, "memory": 0.4, "rag": 0.4,
+        "from_memory": 0.6, "n": 5,
+    }  # fmt: skip
+    assert [(e.done, e.total) for e in events] == [(n, 10) for n in range(1, 11)]
+
+    again = engine()
+    memory.says.clear()  # what was found is not looked for again
+    assert bench.fit_threshold(again, {})[0] == again.threshold == 0.06
+    bench.threshold = 0.7
+    assert bench.fit_threshold(again, {}) == (0.7, 0.0)
+    assert again.threshold == 0.7
