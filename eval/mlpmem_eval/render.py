@@ -96,6 +96,8 @@ def _environment(*, escaped: bool) -> Environment:
         "size": wording.size,
         "between": wording.between,
         "verdict": wording.verdict,
+        "moment": wording.moment,
+        "metric_name": wording.metric_name,
         "md": wording.escaped_markdown,
     }
     return environment
