@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
@@ -29,7 +29,7 @@ class Arm:
     """What answers, and what it took before it could."""
 
     answerer: Answerer
-    setup: Setup
+    setup: Setup = field(default_factory=Setup)
 
 
 def make_arms(names: Sequence[str], bench: Workbench) -> list[Arm]:
@@ -48,10 +48,7 @@ def make_arms(names: Sequence[str], bench: Workbench) -> list[Arm]:
 
 def _base(bench: Workbench) -> Arm:
     settings = bench.model_settings | {"prompt": "few-shot, closed-book"}
-    return Arm(
-        PromptAnswerer("base", bench.plain_llm(), lambda q: reading_prompt(q, []), settings),
-        Setup(),
-    )
+    return Arm(PromptAnswerer("base", bench.plain_llm(), lambda q: reading_prompt(q, []), settings))
 
 
 def _rag(bench: Workbench) -> Arm:

@@ -77,8 +77,18 @@ class CompareConfig:
     command: str = ""
 
 
-def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress) -> Report:
+def compare(
+    config: CompareConfig,
+    *,
+    own: Sequence[Arm] = (),
+    on_progress: OnProgress = ignore_progress,
+) -> Report:
     """Run a comparison and write its report.
+
+    Args:
+        config: what is compared.
+        own: arms of one's own, besides those named in `config`.
+        on_progress: called often.
 
     Raises:
         ArtifactError: the memory is missing, damaged, or belongs to another base model.
@@ -92,7 +102,7 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
     asked = questions_of(config, corpus, on_progress)
     with report_folder(config.out) as work:
         bench = opened(config, manifest, work, corpus, asked.questions, on_progress)
-        arms = make_arms(config.arms, bench)
+        arms = [*make_arms(config.arms, bench), *own]
         report = compare_arms(
             arms,
             asked.questions,

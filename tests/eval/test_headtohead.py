@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_eval.answerers import QueryEngineAnswerer
+from mlpmem_eval.arms import Arm
 from mlpmem_eval.folder import ROWS, is_report, report_folder
 from mlpmem_eval.headtohead import CompareConfig, compare, questions_of
 from mlpmem_eval.rows import read_rows
@@ -15,6 +17,8 @@ from mlpmem_eval.schema import load_report
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.errors import ArtifactError, ConfigError, OutputError
 from mlpmem_rag.progress import ProgressEvent
+
+from .fakes import FakeClock, SlowLLM, letter_index
 
 ROWS_OF_QUESTIONS = [
     {"id": "a", "question": "What did Ines Maro find?", "answers": ["wild honey"]},
@@ -65,6 +69,18 @@ def test_everything_is_written_and_can_be_repeated(config: CompareConfig) -> Non
     assert settings["versions"]["llama-index-core"]
     assert len(settings["questions_sha256"]) == 64
     assert (report.arms["base"].n, report.arms["base"].answered) == (2, 3)
+
+
+def test_an_arm_of_ones_own_takes_part(config: CompareConfig, clock: FakeClock) -> None:
+    llm = SlowLLM(clock, lambda _: "wild honey", prefill=0.0, decode=0.0)
+    engine = letter_index(clock, 0.0, ["one text"]).as_query_engine(llm=llm, streaming=True)
+    mine = Arm(QueryEngineAnswerer("mine", engine, {"k": 1}))
+    report = compare(config, own=[mine])
+    assert list(report.arms) == ["base", "memory", "mine"]
+    assert (report.arms["mine"].em, report.arms["mine"].settings) == (0.5, {"k": 1})
+    assert {(p.a, p.b) for p in report.pairs} >= {("base", "mine"), ("memory", "mine")}
+    with pytest.raises(ConfigError, match="each name once"):
+        compare(config, own=[mine, mine])
 
 
 def test_an_interrupted_comparison_goes_on(config: CompareConfig) -> None:
