@@ -22,6 +22,7 @@ from mlpmem_eval.statistics import mean_interval
 from mlpmem_eval.twin import sharing_base
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.heldout import Perplexities
+from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.neighbors import FLAT_MAX_ROWS
 from mlpmem_rag.progress import OnProgress, ignore_progress
 
@@ -168,13 +169,20 @@ def growth_section(
     on_progress: OnProgress = ignore_progress,
 ) -> Section:
     """Time to the first token, the corpus so many times as large."""
-    arms = [Sized(ChatAnswerer("memory", bench.chat_llm()), 1)]
+
+    def one_token(memory: MemoryModel, lambda_: float | None = None) -> MLPMemLLM:
+        return MLPMemLLM.from_model(memory, lambda_=lambda_, max_new_tokens=1)
+
+    arms = [Sized(ChatAnswerer("memory", one_token(bench.memory)), 1)]
     index = bench.index("rag", None).index
     for factor in factors:
-        engine = native_engine(grown_index(index, bench.embedding, factor), bench.chat_llm(0.0))
+        grown = grown_index(index, bench.embedding, factor)
+        engine = native_engine(grown, one_token(bench.memory, 0.0))
         arms.append(Sized(QueryEngineAnswerer("rag", engine), factor))
     if teacher is not None:
-        arms += [arm for factor in factors for arm in _grown_knn(bench, teacher(), factor)]
+        for factor in factors:
+            if (knn := _grown_knn(bench.memory, teacher(), factor)) is not None:
+                arms.append(Sized(ChatAnswerer("knn", one_token(knn)), factor))
     with recording() as recorder:
         found = first_tokens(arms, questions[:QUESTIONS], recorder, on_progress=on_progress)
     return Section(
@@ -196,11 +204,9 @@ def growth_section(
     )
 
 
-def _grown_knn(bench: Workbench, grown: NeighborMemory, factor: int) -> list[Sized]:
-    """kNN-LM on so many times its rows, as long as they are searched one by one."""
+def _grown_knn(memory: MemoryModel, grown: NeighborMemory, factor: int) -> MemoryModel | None:
+    """kNN-LM on so many times its rows; None where these would no longer be searched one by one."""
     if grown.num_rows * factor > FLAT_MAX_ROWS:
-        return []
+        return None
     grown.add_far_rows(grown.num_rows * (factor - 1))
-    twin = sharing_base(bench.memory, grown, LAMBDAS[0])
-    llm = MLPMemLLM.from_model(twin, max_new_tokens=bench.max_new_tokens)
-    return [Sized(ChatAnswerer("knn", llm), factor)]
+    return sharing_base(memory, grown, LAMBDAS[0])

@@ -50,8 +50,8 @@ def test_perplexities_are_those_of_a_slow_walk(
     monkeypatch.setattr(perplexity, "WINDOW", 48)
     monkeypatch.setattr(perplexity, "STRETCH", 32)
     teacher = open_teacher(tiny_memory, load_manifest(tiny_memory), memory.model.memory)
-    found = text_perplexity(memory, teacher, text, tokens=160)
-    ids = memory.tokenizer(text)["input_ids"][:161]
+    found = text_perplexity(memory, teacher, text, tokens=100)
+    ids = memory.tokenizer(text)["input_ids"][:101]
     window = 48
     base, near, mixed = [], [], []
     for place in range(1, len(ids)):
@@ -80,7 +80,7 @@ def test_perplexities_are_those_of_a_slow_walk(
     ):
         expected = math.exp(-np.log(values[fitted:]).mean())
         assert measured == pytest.approx(expected, rel=2e-3)
-    assert found.perplexities.tokens == 160 - fitted
+    assert found.perplexities.tokens == 100 - fitted
 
 
 def test_without_rows_there_is_no_teacher(memory: MemoryModel, text: str) -> None:
