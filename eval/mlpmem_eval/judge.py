@@ -12,14 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llama_index.core.async_utils import asyncio_run
 from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.llms import LLM
 
 from mlpmem_eval.questions import EvalQuestion
-from mlpmem_eval.rows import Row, append_lines
+from mlpmem_eval.rows import Row, append_lines, read_lines
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 
 STAGE = "judge"
@@ -160,14 +159,5 @@ def _problem(judge: Judge, asking: _Asking, judged: int, wanted: int) -> str | N
 
 
 def _read(path: Path) -> dict[str, float]:
-    """Judgements of an earlier run; a line that was cut short is left out."""
-    found: dict[str, float] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry: Any = json.loads(line)
-            found[str(entry["key"])] = float(entry["score"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    """Judgements of an earlier run."""
+    return {str(entry["key"]): float(entry["score"]) for entry in read_lines(path)}

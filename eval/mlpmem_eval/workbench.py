@@ -26,7 +26,7 @@ from mlpmem_eval.rag import (
     passage_index,
     tuned_engine,
 )
-from mlpmem_eval.rows import row_key
+from mlpmem_eval.rows import append_lines, read_lines, row_key
 from mlpmem_eval.tuning import Tried, Tuned, tune
 from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
 from mlpmem_rag.corpus import Corpus
@@ -167,7 +167,7 @@ class Workbench:
             name,
             [_plain(candidates), settings],
             questions,
-            lambda: self._searched(name, candidates, ask, questions),
+            lambda: self._searched(name, candidates, ask, questions, settings),
         )
         return candidates[found["best"]], float(found["seconds"])
 
@@ -244,11 +244,30 @@ class Workbench:
         candidates: Sequence[S],
         ask: Callable[[S, str], str],
         questions: Sequence[EvalQuestion],
+        settings: dict[str, Any],
     ) -> dict[str, Any]:
-        started = time.perf_counter()
-        tuned = tune(ask, questions, candidates, stage=f"tune {name}", on_progress=self.on_progress)
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "best": candidates.index(tuned.best), "tried": _told(tuned)}
+        """A search that goes on where an earlier one was interrupted."""
+        path = self.work / f"tuning-{name}.jsonl"
+        known = {entry["key"]: entry for entry in read_lines(path)}
+        used: dict[str, float] = {}
+
+        def asked(setting: S, question: str) -> str:
+            content = {"setting": _plain([setting]), **settings}
+            key = row_key(content, EvalQuestion(name, question, ()))
+            if key not in known:
+                started = time.perf_counter()
+                text = ask(setting, question)
+                seconds = time.perf_counter() - started
+                known[key] = {"key": key, "text": text, "seconds": seconds}
+                append_lines(path, [known[key]])
+            used[key] = known[key]["seconds"]
+            return str(known[key]["text"])
+
+        tuned = tune(
+            asked, questions, candidates, stage=f"tune {name}", on_progress=self.on_progress
+        )
+        best = candidates.index(tuned.best)
+        return {"seconds": sum(used.values()), "best": best, "tried": _told(tuned)}
 
     # What answers depend on, and what was done before.
 

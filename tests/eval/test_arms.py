@@ -18,6 +18,7 @@ from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.knn import NeighborMemory, open_teacher
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_eval.rag import FEW_SHOT, QUOTED, template_of
+from mlpmem_eval.rows import read_lines
 from mlpmem_eval.tuning import tune
 from mlpmem_eval.twin import sharing_base
 from mlpmem_eval.workbench import Workbench
@@ -129,6 +130,35 @@ def test_an_arm_answers(name: str, bench: Workbench, tmp_path: Path) -> None:
     assert (rows[0].documents is not None) == retrieves
     assert arm.answerer.name == name
     json.dumps(arm.answerer.settings)  # kept with the report
+
+
+def test_an_interrupted_search_asks_only_what_is_missing(bench: Workbench) -> None:
+    asked: list[tuple[float, str]] = []
+
+    def ask(setting: float, question: str) -> str:
+        if len(asked) == 3:
+            asked.clear()
+            raise KeyboardInterrupt
+        asked.append((setting, question))
+        return "a map" if setting == 0.5 else ""
+
+    bench.tuning_questions = lambda: [EvalQuestion(f"q{n}", f"{n}?", ("a map",)) for n in range(4)]
+    candidates = (0.1, 0.25, 0.5, 0.75)
+    with pytest.raises(KeyboardInterrupt):
+        bench.search("x", candidates, ask, {"a": 1})
+    with (bench.work / "tuning-x.jsonl").open("a") as file:
+        file.write('{"key": "cut sh')
+
+    def silent(setting: float, question: str) -> str:
+        asked.append((setting, question))
+        return ""
+
+    best, seconds = bench.search("x", candidates, silent, {"a": 1})
+    assert asked == [(0.75, "0?"), (0.5, "1?"), (0.1, "1?")]
+    assert best == 0.5  # what it had said before the interruption counts
+    kept = read_lines(bench.work / "tuning-x.jsonl")
+    assert len(kept) == 3 + len(asked)
+    assert seconds == pytest.approx(sum(entry["seconds"] for entry in kept))
 
 
 @dataclass
