@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from mlpmem_cli.ask import ask
+from mlpmem_cli.bench import bench
 from mlpmem_cli.chat import chat
 from mlpmem_cli.compare import compare
 from mlpmem_cli.convert import convert
@@ -48,6 +49,7 @@ app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unkno
 )
 app.command()(compare)
 app.command()(report)
+app.command()(bench)
 
 DEBUG_VARIABLE = "MLPMEM_DEBUG"
 

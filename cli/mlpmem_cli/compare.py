@@ -47,9 +47,21 @@ def compare(
         int, typer.Option(min=1, help="Questions that an arm has at the same time.")
     ] = 1,
     threshold: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Confidence below which memory-first asks RAG."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Confidence below which memory-first asks RAG. [default: fitted on questions "
+            "written from the corpus]",
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Any LlamaIndex LLM that is to judge the answers: MODULE:CLASS?model=NAME&…, or "
+            "FILE.py:NAME. What is named is run."
+        ),
+    ] = None,
     seed: options.SeedOption = 0,
     base_model: options.BaseModelOption = None,
     device: options.DeviceOption = options.Device.auto,
@@ -83,6 +95,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         concurrency=concurrency,
         threshold=threshold,
+        judge=judge,
         seed=seed or 0,
         base_model=base_model,
         device=device.value,
@@ -90,16 +103,8 @@ def compare(
         strict=strict,
         command=shlex.join(["mlpmem-rag", *sys.argv[1:]]),
     )
-    try:
-        with display.progress_bars(console) as on_progress:
-            report = run_comparison(config, on_progress=on_progress)
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted; what is done is kept in {out}, run the same command to go on",
-            markup=False,
-            highlight=False,
-        )
-        raise typer.Exit(130) from None
+    with display.keeping(console, out), display.progress_bars(console) as on_progress:
+        report = run_comparison(config, on_progress=on_progress)
     show(report, as_json=as_json)
     console.print(f"written to {out}: report.html, report.md, report.json", markup=False)
 
@@ -129,7 +134,9 @@ def accuracy_table(report: Report) -> Table:
     """How right each arm is."""
     from mlpmem_eval import wording
 
-    table = _table("How right", "arm", "n", "EM (95 %)", "F1 (95 %)", "contains", "similarity")
+    judged = any(arm.judged for arm in report.arms.values())
+    names = ("n", "EM (95 %)", "F1 (95 %)", "contains", "similarity", *["judge (95 %)"] * judged)
+    table = _table("How right", "arm", *names)
     for name, arm in report.arms.items():
         failed = f" ({arm.failed} failed)" if arm.failed else ""
         table.add_row(
@@ -139,6 +146,7 @@ def accuracy_table(report: Report) -> Table:
             wording.decimals(arm.f1) + wording.between(arm.intervals.get("f1")),
             wording.decimals(arm.contains),
             wording.decimals(arm.similarity),
+            *[wording.decimals(arm.judge) + wording.between(arm.intervals.get("judge"))] * judged,
         )
     return table
 

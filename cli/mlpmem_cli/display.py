@@ -7,8 +7,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -71,14 +73,29 @@ def needs_extra(extra: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def keeping(console: Console, out: Path) -> Iterator[None]:
+    """Say after Ctrl-C that what is done is kept, and exit with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted; what is done is kept in {out}, run the same command to go on",
+            markup=False,
+            highlight=False,
+        )
+        raise typer.Exit(130) from None
+
+
 class RateColumn(ProgressColumn):
     """Units a second."""
 
     def render(self, task: Task) -> Text:
-        """E.g. `2,310 rows/s`."""
+        """E.g. `2,310 rows/s`, `0.7 answers/s`."""
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
-        return Text(f"{speed:,.0f} {unit}/s" if speed else "", style="progress.data.speed")
+        told = "" if not speed else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+        return Text(f"{told} {unit}/s" if told else "", style="progress.data.speed")
 
 
 @contextmanager

@@ -47,34 +47,26 @@ def train(
 
     display.quiet_libraries()
     console = display.stderr()
-    try:
-        with display.progress_bars(console) as on_progress:
-            report = run_training(
-                corpus,
-                out=out,
-                base_model=base_model,
-                size=size and size.value,
-                recipe=recipe and recipe.value,
-                questions=tuple(questions) if questions else None,
-                encoder=encoder,
-                layer=layer,
-                neighbors=neighbors,
-                tau=tau,
-                device=device.value,
-                dtype=dtype.value,
-                seed=seed,
-                fresh=fresh,
-                strict=strict,
-                on_progress=on_progress,
-                on_plan=lambda plan: console.print(display.plan_table(plan)),
-            )
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted; what is done is kept in {out}, run the same command to go on",
-            markup=False,
-            highlight=False,
+    with display.keeping(console, out), display.progress_bars(console) as on_progress:
+        report = run_training(
+            corpus,
+            out=out,
+            base_model=base_model,
+            size=size and size.value,
+            recipe=recipe and recipe.value,
+            questions=tuple(questions) if questions else None,
+            encoder=encoder,
+            layer=layer,
+            neighbors=neighbors,
+            tau=tau,
+            device=device.value,
+            dtype=dtype.value,
+            seed=seed,
+            fresh=fresh,
+            strict=strict,
+            on_progress=on_progress,
+            on_plan=lambda plan: console.print(display.plan_table(plan)),
         )
-        raise typer.Exit(130) from None
     display.show_skipped(console, report.skipped)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
@@ -29,7 +29,7 @@ class Arm:
     """What answers, and what it took before it could."""
 
     answerer: Answerer
-    setup: Setup
+    setup: Setup = field(default_factory=Setup)
 
 
 def make_arms(names: Sequence[str], bench: Workbench) -> list[Arm]:
@@ -48,10 +48,7 @@ def make_arms(names: Sequence[str], bench: Workbench) -> list[Arm]:
 
 def _base(bench: Workbench) -> Arm:
     settings = bench.model_settings | {"prompt": "few-shot, closed-book"}
-    return Arm(
-        PromptAnswerer("base", bench.plain_llm(), lambda q: reading_prompt(q, []), settings),
-        Setup(),
-    )
+    return Arm(PromptAnswerer("base", bench.plain_llm(), lambda q: reading_prompt(q, []), settings))
 
 
 def _rag(bench: Workbench) -> Arm:
@@ -95,12 +92,13 @@ def _memory_first(bench: Workbench) -> Arm:
     bench.documents(name)
     setting, seconds = bench.tuned_rag
     rag = bench.rag_answerer(name, setting)
-    engine = MemoryFirstQueryEngine(bench.memory_engine, rag.engine, bench.threshold)
-    settings = bench.memory_settings | rag.settings | {"threshold": bench.threshold}
+    engine = MemoryFirstQueryEngine(bench.memory_engine, rag.engine)
+    settings = bench.memory_settings | rag.settings
+    threshold, fitting = bench.fit_threshold(engine, settings)
     indexed = bench.index(name, setting.words)
     return Arm(
-        QueryEngineAnswerer(name, engine, settings),
-        _together(bench.memory_setup, _index_setup(indexed, {"tuning": seconds})),
+        QueryEngineAnswerer(name, engine, settings | {"threshold": threshold}),
+        _together(bench.memory_setup, _index_setup(indexed, {"tuning": seconds + fitting})),
     )
 
 

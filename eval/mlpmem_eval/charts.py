@@ -10,14 +10,13 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from mlpmem_eval.schema import Report
 
 WIDTH, HEIGHT = 520, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 44
-LABEL_GAP = 15
+LABEL_GAP, LABEL_WIDTH = 15, 110
 PARTS = ("retrieval", "prefill", "decode", "other")
 CURVE_POINTS = 200
 
@@ -84,7 +83,7 @@ def accuracy_against_latency(report: Report) -> str | None:
     y = Scale(0.0, top, HEIGHT - BOTTOM, TOP)
     svg = _canvas("F1 over the time of an answer")
     _axes(svg, x, y, "time of an answer, ms (median; line to the 95th percentile)", "F1")
-    labels = _spread_labels([y(f1) for _, _, f1, _, _ in points])
+    labels = _spread_labels([(x(total.p50), y(f1)) for _, _, f1, _, total in points])
     for (number, name, f1, interval, total), label_y in zip(points, labels, strict=True):
         numbers = {"arm": name, "f1": f1, "p50": total.p50, "p95": total.p95}
         group = ET.SubElement(svg, "g", _data(numbers) | {"class": f"mark s{number % 8}"})
@@ -188,12 +187,14 @@ def _thinned(points: Sequence[P]) -> list[P]:
     return [*points[:-1:step], points[-1]]
 
 
-def _spread_labels(places: Sequence[float]) -> list[float]:
-    """Heights for labels so that none covers another."""
-    order = sorted(range(len(places)), key=lambda n: places[n])
-    out = list(places)
-    for above, below in pairwise(order):
-        out[below] = max(out[below], out[above] + LABEL_GAP)
+def _spread_labels(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights for labels so that none covers another near it."""
+    order = sorted(range(len(places)), key=lambda n: places[n][1])
+    out = [height for _, height in places]
+    for rank, number in enumerate(order):
+        for above in order[:rank]:
+            if abs(places[above][0] - places[number][0]) < LABEL_WIDTH:
+                out[number] = max(out[number], out[above] + LABEL_GAP)
     return out
 
 

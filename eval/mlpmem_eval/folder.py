@@ -10,6 +10,7 @@ from mlpmem_rag.artifact import WORK
 from mlpmem_rag.output import LOCK, output_folder
 
 ROWS = "rows.jsonl"
+JUDGEMENTS = "judgements.jsonl"
 
 
 def report_folder(out: Path) -> AbstractContextManager[Path]:

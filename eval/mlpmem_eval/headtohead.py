@@ -11,7 +11,9 @@ from typing import Any
 from mlpmem_eval.arms import Arm, make_arms
 from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.environment import machine, versions
-from mlpmem_eval.folder import ROWS, report_folder
+from mlpmem_eval.folder import JUDGEMENTS, ROWS, report_folder
+from mlpmem_eval.judge import Judge, Judgements, judged
+from mlpmem_eval.named_llm import load_llm
 from mlpmem_eval.questions import EvalQuestion, QuestionSet, load_questions, written_questions
 from mlpmem_eval.render import write_report
 from mlpmem_eval.report import build_report
@@ -44,7 +46,9 @@ class CompareConfig:
         max_new_tokens: most tokens of an answer.
         concurrency: questions that an arm has at the same time.
         warm_up: questions asked of every arm before.
-        threshold: confidence below which `memory-first` asks RAG.
+        threshold: confidence below which `memory-first` asks RAG; None: fitted on written
+            questions.
+        judge: name of an LLM that judges the answers, as `named_llm.load_llm` reads it.
         seed: of everything random.
         base_model: where the base model is, if not where it was in training.
         device: where to compute.
@@ -63,7 +67,8 @@ class CompareConfig:
     max_new_tokens: int = 24
     concurrency: int = 1
     warm_up: int = 2
-    threshold: float = 0.5
+    threshold: float | None = None
+    judge: str | None = None
     seed: int = 0
     base_model: str | None = None
     device: str = "auto"
@@ -72,35 +77,32 @@ class CompareConfig:
     command: str = ""
 
 
-def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress) -> Report:
+def compare(
+    config: CompareConfig,
+    *,
+    own: Sequence[Arm] = (),
+    on_progress: OnProgress = ignore_progress,
+) -> Report:
     """Run a comparison and write its report.
+
+    Args:
+        config: what is compared.
+        own: arms of one's own, besides those named in `config`.
+        on_progress: called often.
 
     Raises:
         ArtifactError: the memory is missing, damaged, or belongs to another base model.
-        ConfigError: no questions, an unknown arm, or one that lacks the documents.
+        ConfigError: no questions, an unknown arm or judge, or an arm that lacks the documents.
         CorpusError: the documents cannot be read.
         OutputError: the output folder cannot be used.
     """
     manifest = load_manifest(config.memory)
+    judge = None if config.judge is None else Judge(config.judge, load_llm(config.judge))
     corpus = read_corpus(config.corpus) if config.corpus is not None else None
     asked = questions_of(config, corpus, on_progress)
     with report_folder(config.out) as work:
-        memory = MemoryModel.load(
-            config.memory, base_model=config.base_model, device=config.device, dtype=config.dtype
-        )
-        bench = Workbench(
-            memory,
-            config.memory,
-            manifest,
-            work,
-            corpus,
-            config.max_new_tokens,
-            lambda: _tuning_questions(corpus, asked.questions, config.seed, on_progress),
-            threshold=config.threshold,
-            seed=config.seed,
-            on_progress=on_progress,
-        )
-        arms = make_arms(config.arms, bench)
+        bench = opened(config, manifest, work, corpus, asked.questions, on_progress)
+        arms = [*make_arms(config.arms, bench), *own]
         report = compare_arms(
             arms,
             asked.questions,
@@ -108,11 +110,47 @@ def compare(config: CompareConfig, *, on_progress: OnProgress = ignore_progress)
             config,
             settings=settings_of(config, manifest, corpus, bench),
             warnings=warnings_of(config, manifest, corpus, asked),
-            memory=memory,
+            memory=bench.memory,
+            judge=judge,
             on_progress=on_progress,
         )
         write_report(report, config.out)
     return report
+
+
+def opened(
+    config: CompareConfig,
+    manifest: Manifest,
+    work: Path,
+    corpus: Corpus | None,
+    asked: Sequence[EvalQuestion],
+    on_progress: OnProgress = ignore_progress,
+) -> Workbench:
+    """Load the memory and lay out what arms are made from.
+
+    Args:
+        config: of the comparison.
+        manifest: of the memory.
+        work: a folder for indexes and searches.
+        corpus: the documents.
+        asked: evaluation questions, none of which any setting is chosen on.
+        on_progress: called often.
+    """
+    memory = MemoryModel.load(
+        config.memory, base_model=config.base_model, device=config.device, dtype=config.dtype
+    )
+    return Workbench(
+        memory,
+        config.memory,
+        manifest,
+        work,
+        corpus,
+        config.max_new_tokens,
+        lambda: _tuning_questions(corpus, asked, config.seed, on_progress),
+        threshold=config.threshold,
+        seed=config.seed,
+        on_progress=on_progress,
+    )
 
 
 def compare_arms(
@@ -124,6 +162,7 @@ def compare_arms(
     settings: dict[str, Any],
     warnings: Sequence[str],
     memory: MemoryModel,
+    judge: Judge | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Report:
     """Ask arms that are made already, and report."""
@@ -134,14 +173,19 @@ def compare_arms(
         RunSettings(config.concurrency, config.warm_up, {"machine": settings["machine"]}),
         on_progress=on_progress,
     )
+    found = Judgements({}, 0)
+    if judge is not None:
+        path = rows_path.with_name(JUDGEMENTS)
+        found = judged(judge, questions, rows, path, on_progress=on_progress)
     return build_report(
         questions,
         rows,
         arm_settings={arm.answerer.name: arm.answerer.settings for arm in arms},
         setups={arm.answerer.name: arm.setup for arm in arms},
         settings=settings,
-        warnings=warnings,
+        warnings=[*warnings, *([found.problem] if found.problem else [])],
         encoder=sentence_encoder(memory),
+        judgements=found.scores,
         seed=config.seed,
     )
 

@@ -30,6 +30,8 @@ from mlpmem_rag.neighbors import (
 from mlpmem_rag.targets import neighbor_weights
 
 Floats = npt.NDArray[np.float32]
+FAR = 1000.0
+"""Times the largest number in a key: no row of the corpus is so far from another."""
 
 LAMBDAS = (0.25, 0.5, 0.75)
 """Mixing weights to choose from; the paper uses .25 for text and .5 to .75 for questions."""
@@ -58,6 +60,11 @@ class NeighborMemory(torch.nn.Module):
         self.tau, self.k = tau, min(k, len(rows))
         self._columns = _columns(memory, datastore.next_tokens)
 
+    @property
+    def num_rows(self) -> int:
+        """Of the corpus."""
+        return self._datastore.num_rows
+
     def log_probs(
         self, hidden: Tensor, query: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
@@ -71,6 +78,13 @@ class NeighborMemory(torch.nn.Module):
         votes = torch.zeros(len(keys), len(self.corpus_tokens))
         votes.scatter_add_(1, torch.from_numpy(self._columns[ids]), torch.from_numpy(weights))
         return votes.log().reshape(*hidden.shape[:-1], -1).to(hidden.device)
+
+    def add_far_rows(self, count: int) -> None:
+        """Rows that are searched and too far away to vote, to see what a larger datastore costs."""
+        keys = self._datastore.keys(np.arange(self._datastore.num_rows)) - self._centre
+        keys[:, 0] += FAR * np.abs(keys).max()
+        for first in range(0, count, len(keys)):
+            self._index.add(keys[: count - first])
 
     def _nearest(self, keys: Floats) -> tuple[Floats, Rows]:
         """Distances and rows, nearest first. *Shape:* (R, D) -> (R, K), (R, K)."""

@@ -145,6 +145,15 @@ def _spread(homes: Mapping[str, str], number: int, seed: int) -> list[str]:
     return [text for _, text in sorted(rounds, key=lambda pair: pair[0])][:number]
 
 
+def question_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The rows of a file as they stand, those left out that cannot be read.
+
+    Raises:
+        ConfigError: no such file or format.
+    """
+    return [row for _, row in _rows(path) if row is not None]
+
+
 class _BadRowError(Exception):
     """Why a row is no question."""
 

@@ -53,7 +53,6 @@ def html(report: Report) -> str:
         ],
         arm_numbers={name: number for number, name in enumerate(report.arms)},
         best={m: _best(report, m) for m in ("em", "f1", "contains", "similarity")},
-        has_judge=any(arm.judge is not None for arm in report.arms.values()),
         has_hits=any(arm.hit_rate is not None for arm in report.arms.values()),
         has_confidence=any(arm.abstention is not None for arm in report.arms.values()),
         has_joules=any(arm.joules is not None for arm in report.arms.values()),
@@ -75,6 +74,7 @@ def _shown(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "summary": wording.summary(report),
+        "has_judge": any(arm.judged for arm in report.arms.values()),
         "break_even_lines": [wording.break_even_line(b) for b in report.cost.break_even],
     }
 
@@ -96,6 +96,8 @@ def _environment(*, escaped: bool) -> Environment:
         "size": wording.size,
         "between": wording.between,
         "verdict": wording.verdict,
+        "moment": wording.moment,
+        "metric_name": wording.metric_name,
         "md": wording.escaped_markdown,
     }
     return environment

@@ -186,6 +186,7 @@ def _figures(
         contains=_mean(accuracy["contains"]),
         similarity=_mean(accuracy["similarity"]),
         judge=_mean(accuracy["judge"]),
+        judged=len(accuracy["judge"]),
         intervals={
             metric: mean_interval(values, seed=seed)
             for metric, values in accuracy.items()

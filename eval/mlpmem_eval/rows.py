@@ -68,24 +68,40 @@ def row_key(settings: dict[str, Any], question: EvalQuestion) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of an earlier run; a line that was cut short, or of an older format, is left out."""
-    if not path.is_file():
-        return []
+    """Rows of an earlier run; one of an older format is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for values in read_lines(path):
         try:
-            values = json.loads(line)
-            if values["documents"] is not None:
-                values["documents"] = tuple(values["documents"])
-            rows.append(Row(**values))
-        except (ValueError, KeyError, TypeError):
+            documents = values["documents"]
+            rows.append(Row(**values | {"documents": documents and tuple(documents)}))
+        except (KeyError, TypeError):
             continue
     return rows
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file; a line that was cut short is left out, no file has none."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to the file, on the disk when this returns."""
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    """Add rows to the file."""
+    append_lines(path, [asdict(row) for row in rows])
+
+
+def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Add values to a jsonl file, handed to the system when this returns."""
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     with path.open("a+b") as file:
         if file.tell() and not _ends_a_line(file):
             file.write(b"\n")  # the run before ended within a line

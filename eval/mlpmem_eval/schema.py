@@ -52,6 +52,7 @@ class ArmFigures(_Part):
     contains: float | None
     similarity: float | None
     judge: float | None
+    judged: int
     intervals: dict[str, Interval]
     hit_rate: float | None
     abstention: AbstentionFigures | None

@@ -18,10 +18,10 @@ def sharing_base(memory: MemoryModel, replacement: torch.nn.Module, lambda_: flo
     Args:
         memory: the original, which is left as it is.
         replacement: has `log_probs`, `corpus_tokens` and `config` as a `Memory` has.
-        lambda_: mixing weight of the twin; it has no gate and no confidence.
+        lambda_: mixing weight of the twin; it has no gate, no temperature and no confidence.
     """
     config = copy.deepcopy(memory.model.config)
-    config.gate, config.memory_lambda = None, lambda_
+    config.gate, config.memory_lambda, config.memory_temperature = None, lambda_, 1.0
     model = MLPMemForCausalLM(config, memory.model.base, cast(Memory, replacement))
     model.tokenizer, model.query_encoder = memory.tokenizer, memory.encoder
     torch.nn.Module.eval(model)

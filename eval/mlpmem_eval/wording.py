@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 from mlpmem_eval.schema import BreakEven, Milliseconds, QuestionArm, Report
 
@@ -61,6 +62,24 @@ def size(number_of_bytes: float | None) -> str:
             return f"{number_of_bytes:.3g} {unit}"
         number_of_bytes /= 1000
     return f"{number_of_bytes:.3g} TB"
+
+
+METRIC_NAMES = {
+    "em": "EM",
+    "f1": "F1",
+    "total_ms": "answer, ms",
+    "ttft_ms": "first token, ms",
+}
+
+
+def metric_name(metric: str) -> str:
+    """A metric as the tables call it."""
+    return METRIC_NAMES.get(metric, metric)
+
+
+def moment(created: str) -> str:
+    """`2026-01-31T12:00:59+00:00` -> `2026-01-31 12:00 UTC`."""
+    return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def verdict(answer: QuestionArm) -> str:

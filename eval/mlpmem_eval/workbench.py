@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_index.indices.managed.mlpmem import MLPMemIndex
+from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MLPMemIndex
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_eval.answerers import QueryEngineAnswerer
@@ -26,15 +26,16 @@ from mlpmem_eval.rag import (
     passage_index,
     tuned_engine,
 )
-from mlpmem_eval.rows import row_key
+from mlpmem_eval.rows import append_lines, read_lines, row_key
 from mlpmem_eval.tuning import Tried, Tuned, tune
 from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.query import QueryEncoder, SentenceEncoder
+from mlpmem_rag.scoring import token_f1
 from mlpmem_rag.storage import write_json
 
 STOP = "\n"
@@ -55,7 +56,8 @@ class Workbench:
         max_new_tokens: most tokens of an answer, the same for every arm.
         tuning_questions: written questions to choose settings on, when they are needed.
         encoder: finds passages; None: the memory's own, or MiniLM.
-        threshold: confidence below which `memory-first` asks RAG.
+        threshold: confidence below which `memory-first` asks RAG; None: fitted on written
+            questions.
         seed: of everything random.
         on_progress: called often.
     """
@@ -68,7 +70,7 @@ class Workbench:
     max_new_tokens: int = 24
     tuning_questions: Callable[[], Sequence[EvalQuestion]] = field(default=list)
     encoder: QueryEncoder | None = None
-    threshold: float = 0.5
+    threshold: float | None = None
     seed: int = 0
     on_progress: OnProgress = ignore_progress
     searches: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -160,21 +162,81 @@ class Workbench:
         Raises:
             ConfigError: no questions can be written.
         """
+        questions = self._written(name)
+        found = self._kept(
+            name,
+            [_plain(candidates), settings],
+            questions,
+            lambda: self._searched(name, candidates, ask, questions, settings),
+        )
+        return candidates[found["best"]], float(found["seconds"])
+
+    def fit_threshold(
+        self, engine: MemoryFirstQueryEngine, settings: dict[str, Any]
+    ) -> tuple[float, float]:
+        """Set an engine's threshold to `threshold`, or to the best one on written questions.
+
+        The memory was taught these, so that it is right more often there than on new ones, and the
+        threshold is rather too low than too high.
+
+        Returns the threshold, and the seconds of the fit.
+
+        Raises:
+            ConfigError: no questions can be written, or the memory gives no confidence.
+        """
+        if self.threshold is not None:
+            engine.threshold = self.threshold
+            return self.threshold, 0.0
+        questions = self._written("memory-first")
+        found = self._kept(
+            "memory-first", [settings], questions, lambda: self._fitted(engine, questions)
+        )
+        engine.threshold = float(found["threshold"])
+        return engine.threshold, float(found["seconds"])
+
+    def _fitted(
+        self, engine: MemoryFirstQueryEngine, questions: Sequence[EvalQuestion]
+    ) -> dict[str, Any]:
+        graded = 0
+
+        def grade(answer: str, references: Sequence[str]) -> float:
+            nonlocal graded
+            graded += 1
+            self.on_progress(ProgressEvent("fit threshold", graded, 2 * len(questions), "answers"))
+            return token_f1(answer, references)
+
+        started = time.perf_counter()
+        fit = engine.fit_threshold([(q.text, q.answers) for q in questions], grade)
+        return {"seconds": time.perf_counter() - started, **asdict(fit), "n": len(questions)}
+
+    def _written(self, name: str) -> list[EvalQuestion]:
         questions = list(self.tuning_questions())
         if not questions:
             raise ConfigError(
                 f"no questions could be written from the corpus to tune {name} on; leave out the "
                 "arms that need them"
             )
-        content = [_plain(candidates), [[q.text, *q.answers] for q in questions], settings]
-        key = row_key({"search": content}, EvalQuestion(name, name, ()))
+        return questions
+
+    def _kept(
+        self,
+        name: str,
+        content: list[Any],
+        questions: Sequence[EvalQuestion],
+        make: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """What an earlier run found on the same questions and settings, or what `make` finds."""
+        asked = [[q.text, *q.answers] for q in questions]
+        key = row_key({"search": [content, asked]}, EvalQuestion(name, name, ()))
         path = self.work / f"tuning-{name}.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found: dict[str, Any] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        )
         if found.get("key") != key:
-            found = self._searched(name, candidates, ask, questions) | {"key": key}
+            found = make() | {"key": key}
             write_json(path, found)
         self.searches[name] = found
-        return candidates[found["best"]], float(found["seconds"])
+        return found
 
     def _searched(
         self,
@@ -182,11 +244,30 @@ class Workbench:
         candidates: Sequence[S],
         ask: Callable[[S, str], str],
         questions: Sequence[EvalQuestion],
+        settings: dict[str, Any],
     ) -> dict[str, Any]:
-        started = time.perf_counter()
-        tuned = tune(ask, questions, candidates, stage=f"tune {name}", on_progress=self.on_progress)
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "best": candidates.index(tuned.best), "tried": _told(tuned)}
+        """A search that goes on where an earlier one was interrupted."""
+        path = self.work / f"tuning-{name}.jsonl"
+        known = {entry["key"]: entry for entry in read_lines(path)}
+        used: dict[str, float] = {}
+
+        def asked(setting: S, question: str) -> str:
+            content = {"setting": _plain([setting]), **settings}
+            key = row_key(content, EvalQuestion(name, question, ()))
+            if key not in known:
+                started = time.perf_counter()
+                text = ask(setting, question)
+                seconds = time.perf_counter() - started
+                known[key] = {"key": key, "text": text, "seconds": seconds}
+                append_lines(path, [known[key]])
+            used[key] = known[key]["seconds"]
+            return str(known[key]["text"])
+
+        tuned = tune(
+            asked, questions, candidates, stage=f"tune {name}", on_progress=self.on_progress
+        )
+        best = candidates.index(tuned.best)
+        return {"seconds": sum(used.values()), "best": best, "tried": _told(tuned)}
 
     # What answers depend on, and what was done before.
 

@@ -1,12 +1,20 @@
-"""Fixtures of what `fakes` makes."""
+"""Fixtures of what `fakes` makes, and a memory of the tiny corpus."""
 
 from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from mlpmem_eval.schema import Report
+from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.pipeline import train
 
-from .fakes import FakeClock, sample_report
+from .fakes import FakeClock, LetterEncoder, sample_report
 
 
 @pytest.fixture
@@ -17,3 +25,40 @@ def clock() -> FakeClock:
 @pytest.fixture(scope="session")
 def report() -> Report:
     return sample_report()
+
+
+@pytest.fixture(scope="session")
+def roomy_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a context window that LlamaIndex's prompts fit into."""
+    folder = tmp_path_factory.mktemp("models") / "roomy-llama"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_memory(
+    roomy_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of the paper's recipe: no encoder, no questions, and a datastore for its teacher."""
+    out = tmp_path_factory.mktemp("memories") / "tiny"
+    config = TrainConfig(
+        recipe="paper",
+        base_model=str(roomy_folder),
+        device="cpu",
+        dtype="float32",
+        window=48,
+        neighbors=8,
+        distill=DistillConfig(epochs=2, batch_rows=256, learning_rate=1e-2),
+    )
+    train(Corpus(tuple(tiny_documents)), out=out, config=config)
+    return out
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Letter counts in the place of a sentence encoder, and few questions to tune on."""
+    monkeypatch.setattr("mlpmem_eval.headtohead.TUNING_QUESTIONS", 4)
+    for module in ("headtohead", "workbench"):
+        monkeypatch.setattr(f"mlpmem_eval.{module}.sentence_encoder", lambda _: LetterEncoder())

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from llama_index.core.base.response.schema import Response
+from llama_index.core.callbacks import CallbackManager
 
+from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
 from mlpmem_eval.arms import ARMS, make_arms
 from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.knn import NeighborMemory, open_teacher
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_eval.rag import FEW_SHOT, QUOTED, template_of
+from mlpmem_eval.rows import read_lines
 from mlpmem_eval.tuning import tune
 from mlpmem_eval.twin import sharing_base
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.artifact import load_manifest
-from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, Document
-from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.pipeline import train
+from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.reading import reading_prompt
 
 from .fakes import LetterEncoder
@@ -34,31 +38,13 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(
-    tiny_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("memories") / "tiny"
-    config = TrainConfig(
-        recipe="paper",
-        base_model=str(tiny_folder),
-        device="cpu",
-        dtype="float32",
-        window=48,
-        neighbors=8,
-        distill=DistillConfig(epochs=2, batch_rows=256, learning_rate=1e-2),
-    )
-    train(Corpus(tuple(tiny_documents)), out=out, config=config)
-    return out
-
-
 @pytest.fixture
-def bench(folder: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
-    memory = MemoryModel.load(folder, device="cpu", dtype="float32")
+def bench(tiny_memory: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
+    memory = MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
     return Workbench(
         memory,
-        folder,
-        load_manifest(folder),
+        tiny_memory,
+        load_manifest(tiny_memory),
         tmp_path,
         Corpus(tuple(tiny_documents)),
         max_new_tokens=4,
@@ -78,8 +64,8 @@ def test_arms_that_are_not_known_or_lack_documents_are_refused(bench: Workbench)
                 make_arms([name], bench)
 
 
-def test_a_knn_that_votes_like_the_datastore(bench: Workbench, folder: Path) -> None:
-    teacher = open_teacher(folder, load_manifest(folder), bench.memory.model.memory)
+def test_a_knn_that_votes_like_the_datastore(bench: Workbench, tiny_memory: Path) -> None:
+    teacher = open_teacher(tiny_memory, load_manifest(tiny_memory), bench.memory.model.memory)
     assert isinstance(teacher, NeighborMemory)
     twin = sharing_base(bench.memory, teacher, 0.5)
     assert twin.model.base is bench.memory.model.base
@@ -133,11 +119,88 @@ def test_a_search_is_done_once(bench: Workbench) -> None:
 
 # peft asks transformers 5 for a name that it will have no more in 6.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("name", ["base", "memory", "knn", "lora"])
+@pytest.mark.parametrize("name", ARMS)
 def test_an_arm_answers(name: str, bench: Workbench, tmp_path: Path) -> None:
+    bench.threshold = 0.5  # this memory gives no confidence to fit one on
     (arm,) = make_arms([name], bench)
     rows = run_comparison([arm.answerer], QUESTIONS, tmp_path / "rows", RunSettings(warm_up=0))
     assert [row.error for row in rows] == [None, None]
     assert all(row.llm_calls >= 1 for row in rows)
-    assert rows[0].documents is None
+    retrieves = name in ("rag", "rag-tuned", "memory+rag", "memory-first")
+    assert (rows[0].documents is not None) == retrieves
+    assert arm.answerer.name == name
     json.dumps(arm.answerer.settings)  # kept with the report
+
+
+def test_an_interrupted_search_asks_only_what_is_missing(bench: Workbench) -> None:
+    asked: list[tuple[float, str]] = []
+
+    def ask(setting: float, question: str) -> str:
+        if len(asked) == 3:
+            asked.clear()
+            raise KeyboardInterrupt
+        asked.append((setting, question))
+        return "a map" if setting == 0.5 else ""
+
+    bench.tuning_questions = lambda: [EvalQuestion(f"q{n}", f"{n}?", ("a map",)) for n in range(4)]
+    candidates = (0.1, 0.25, 0.5, 0.75)
+    with pytest.raises(KeyboardInterrupt):
+        bench.search("x", candidates, ask, {"a": 1})
+    with (bench.work / "tuning-x.jsonl").open("a") as file:
+        file.write('{"key": "cut sh')
+
+    def silent(setting: float, question: str) -> str:
+        asked.append((setting, question))
+        return ""
+
+    best, seconds = bench.search("x", candidates, silent, {"a": 1})
+    assert asked == [(0.75, "0?"), (0.5, "1?"), (0.1, "1?")]
+    assert best == 0.5  # what it had said before the interruption counts
+    kept = read_lines(bench.work / "tuning-x.jsonl")
+    assert len(kept) == 3 + len(asked)
+    assert seconds == pytest.approx(sum(entry["seconds"] for entry in kept))
+
+
+@dataclass
+class Sure:
+    """Remembers what it is told to, as sure as it is told to be."""
+
+    says: dict[str, tuple[str, float]]
+
+    def query(self, question: object) -> Response:
+        text, sure = self.says[getattr(question, "query_str", str(question))]
+        return Response(text, metadata={"mlpmem": {"confidence": sure, "route": "memory"}})
+
+    callback_manager = CallbackManager()
+
+
+def test_the_threshold_is_the_best_on_written_questions(bench: Workbench) -> None:
+    asked = [EvalQuestion(f"q{n}", f"{n}?", ("right",)) for n in range(5)]
+    sure = (0.02, 0.04, 0.06, 0.08, 0.3)
+    remembered = ("wrong", "wrong", "right", "wrong", "right")
+    read = ("right", "right", "wrong", "wrong", "wrong")
+    says = zip(asked, remembered, sure, strict=True)
+    memory = Sure({q.text: (text, confidence) for q, text, confidence in says})
+    rag = Sure({q.text: (text, 1.0) for q, text in zip(asked, read, strict=True)})
+
+    def engine() -> MemoryFirstQueryEngine:
+        return MemoryFirstQueryEngine(cast(Any, memory), cast(Any, rag))
+
+    events: list[ProgressEvent] = []
+    bench.tuning_questions, bench.on_progress = (lambda: asked), events.append
+    first = engine()
+    threshold, seconds = bench.fit_threshold(first, {})
+    assert (threshold, first.threshold) == (0.06, 0.06)
+    assert seconds > 0
+    assert bench.searches["memory-first"] | {"seconds": 0, "key": ""} == {
+        "seconds": 0, "key": "", "threshold": 0.06, "right": 0.8, "memory": 0.4, "rag": 0.4,
+        "from_memory": 0.6, "n": 5,
+    }  # fmt: skip
+    assert [(e.done, e.total) for e in events] == [(n, 10) for n in range(1, 11)]
+
+    again = engine()
+    memory.says.clear()  # what was found is not looked for again
+    assert bench.fit_threshold(again, {})[0] == again.threshold == 0.06
+    bench.threshold = 0.7
+    assert bench.fit_threshold(again, {}) == (0.7, 0.0)
+    assert again.threshold == 0.7

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_index.core.evaluation.benchmarks.hotpotqa import exact_match_score, f1_score
 from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.text import squad
 
@@ -13,6 +17,7 @@ from mlpmem_eval.metrics import abstention, contains, retrieval_hit, score, simi
 
 from .fakes import LetterEncoder
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SQUAD_SAMPLE = [
     # Answers and references in the shapes of the SQuAD development set.
     ("Denver Broncos", ["Denver Broncos", "Denver Broncos", "Denver Broncos"]),
@@ -37,10 +42,32 @@ def by_torchmetrics(answer: str, references: list[str]) -> tuple[float, float]:
     return float(result["exact_match"]) / 100, float(result["f1"]) / 100
 
 
+def by_llama_index(answer: str, references: list[str]) -> tuple[float, float]:
+    """The same by another port, for answers other than yes and no, which it treats apart."""
+    return (
+        float(max(exact_match_score(answer, reference) for reference in references)),
+        max(f1_score(answer, reference)[0] for reference in references),
+    )
+
+
 @pytest.mark.parametrize(("answer", "references"), SQUAD_SAMPLE)
 def test_em_and_f1_are_squads(answer: str, references: list[str]) -> None:
     found = score(answer, references)
     assert (found.em, found.f1) == pytest.approx(by_torchmetrics(answer, references))
+
+
+def test_em_and_f1_are_squads_on_the_sample_questions() -> None:
+    lines = (EXAMPLES / "questions-dev.jsonl").read_text().splitlines()
+    references: list[list[str]] = [json.loads(line)["answers"] for line in lines]
+    compared = 0
+    for number, right in enumerate(references):
+        wrong = references[number - 1][0]
+        for answer in (right[-1], f"The {right[0]}.", f"{wrong}, or {right[0]}", wrong):
+            found = score(answer, right)
+            assert (found.em, found.f1) == pytest.approx(by_llama_index(answer, right))
+            assert (found.em, found.f1) == pytest.approx(by_torchmetrics(answer, right))
+            compared += 1
+    assert compared > 1000
 
 
 WORDS = st.lists(

@@ -9,7 +9,8 @@ import pytest
 from lxml import html as lxml_html
 from lxml.html import HtmlElement
 
-from mlpmem_eval.charts import Scale, nice, risk_coverage
+from mlpmem_eval import wording
+from mlpmem_eval.charts import LABEL_GAP, Scale, _spread_labels, nice, risk_coverage
 from mlpmem_eval.render import html, markdown
 from mlpmem_eval.report import build_report
 from mlpmem_eval.rows import Row
@@ -104,6 +105,18 @@ def test_scales_by_hand() -> None:
     assert log(100) == pytest.approx(50)
     assert log.ticks() == pytest.approx([10, 20, 50, 100, 200, 500, 1000])
     assert [nice(v) for v in (0.013, 0.2, 3, 70)] == pytest.approx([0.02, 0.2, 5, 100])
+
+
+def test_labels_near_each_other_do_not_cover_one_another() -> None:
+    heights = _spread_labels([(100.0, 50.0), (120.0, 52.0), (400.0, 51.0), (110.0, 90.0)])
+    assert heights == [50.0, 50.0 + LABEL_GAP, 51.0, 90.0]
+
+
+def test_moments_and_metrics_read_well(report: Report, page: HtmlElement) -> None:
+    assert wording.moment("2026-01-31T13:00:59+01:00") == "2026-01-31 12:00 UTC"
+    assert wording.moment(report.created) in page.xpath("string(//header)")
+    metrics = page.xpath("//table[@id='pairs']//tr/td[3]/text()")
+    assert {"EM", "F1", "answer, ms", "first token, ms", "contains"} <= set(metrics)
 
 
 def test_markdown_tables_survive_what_is_in_them(report: Report) -> None:

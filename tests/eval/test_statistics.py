@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm, permutation_test
+from scipy.stats import bootstrap, chi2, norm, permutation_test, ttest_rel
 
 from mlpmem_eval.statistics import compare_pair, holm, mcnemar, mean_interval
 
@@ -85,3 +85,28 @@ def test_holm_by_hand() -> None:
     assert adjusted == pytest.approx([2 / 64, 2 * 2 / 128, 3 * 2 / 512])
     # A p that is larger by itself is never smaller after the correction.
     assert [p.significant for p in holm([*made, made[0]])] == [False, True, True, False]
+
+
+def test_the_interval_of_a_difference_is_near_the_paired_t_tests() -> None:
+    b = rng().normal(0.4, 0.3, 300)
+    a = b + rng().normal(0.05, 0.2, 300)
+    pair = compare_pair("a", "b", "f1", a, b)
+    expected = ttest_rel(a, b)
+    interval = expected.confidence_interval()
+    assert pair.interval == pytest.approx((interval.low, interval.high), abs=0.003)
+    assert pair.p == pytest.approx(expected.pvalue, abs=0.005)
+
+
+def test_the_bootstrap_is_scipys() -> None:
+    values = rng().exponential(2.0, 80)
+    expected = bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert mean_interval(values) == pytest.approx((expected.low, expected.high), abs=0.03)
+
+
+@pytest.mark.parametrize(("a_only", "b_only"), [(5, 0), (9, 3), (30, 52)])
+def test_mcnemar_is_near_its_chi_square(a_only: int, b_only: int) -> None:
+    # With Edwards' correction the approximation of the exact test (McNemar, 1947).
+    statistic = (abs(a_only - b_only) - 1) ** 2 / (a_only + b_only)
+    assert mcnemar(a_only, b_only) == pytest.approx(chi2.sf(statistic, 1), abs=0.02)
