@@ -27,7 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.embedded import embedded_model_path
 from mlpmem_rag.errors import BaseModelError, ConfigError
 from mlpmem_rag.hardware import resolve_device, resolve_dtype
-from mlpmem_rag.tap import HiddenTap as HiddenTap
+from mlpmem_rag.tap import HiddenTap
 
 DEFAULT_DEPTH = 0.7
 """Relative depth of the layer whose hidden states are the keys (paper, section 5.5)."""

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from mlpmem_rag.answering import answer_batch
-from mlpmem_rag.backbone import Backbone, HiddenTap
+from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.confidence import Confidence, Trace, fit_confidence
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.gate import Gate, constant_weights, fit_gate, gate_features
@@ -29,6 +29,7 @@ from mlpmem_rag.prompts import answer_ids
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
+from mlpmem_rag.tap import HiddenTap
 from mlpmem_rag.windows import Window
 
 Numbers = npt.NDArray[np.int64]

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 NUM_FEATURES = 7
 
@@ -70,6 +67,11 @@ def trace_features(trace: Trace) -> tuple[float, ...]:
 
 def fit_confidence(traces: Sequence[Trace], right: Sequence[bool]) -> Confidence | None:
     """Logistic regression on held-out questions; None where all were right, or none was."""
+    # Only training needs it, and answering would carry its 40 MB.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if len(set(right)) < 2:
         return None
     features = np.array([trace_features(trace) for trace in traces])
