@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mlpmem_rag.report import TrainReport
 
 SHOWN_SKIPS = 10
+SPEED_PERIOD = 180.0
+"""Seconds that rate and time left are estimated from: some steps take many seconds each."""
 
 
 def stdout() -> Console:
@@ -110,7 +112,7 @@ def progress_bars(console: Console) -> Iterator[OnProgress]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=SPEED_PERIOD) as progress:
 
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:

@@ -34,7 +34,8 @@ DIFFERS: Mapping[str, tuple[str, ...]] = {
     ),
     "questions": (
         "The paper's corpus is Wikipedia and its questions are from five open-domain sets; here "
-        "they are the ones given, answered in a few words, scored by SQuAD's exact match and F1.",
+        "they are the ones given, answered in a few words, scored by SQuAD's exact match and F1. "
+        "Its figures are its own mean score over these sets.",
         "The paper's RAG reads five passages; `rag` here has LlamaIndex's defaults.",
         "A memory of the self-study recipe is taught questions written from the corpus; the "
         "paper's is taught its text alone.",
