@@ -125,20 +125,21 @@ def throughput(engine: BaseQueryEngine, questions: Sequence[str], rounds: int) -
         "threads": lambda: from_threads(engine, questions),
     }
     expected = one_by_one(engine, questions)  # warm-up
-    idle = subprocess.Popen(
-        [sys.executable, "-c", IDLE, str(TICK)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
-    for number in range(rounds):
-        for name in names[number % 3 :] + names[: number % 3]:
-            started = time.perf_counter()
-            answers = arms[name]()
-            seconds[name].append(time.perf_counter() - started)
-            assert answers == expected, f"{name}: not the answers that were given alone"
+    command = [sys.executable, "-c", IDLE, str(TICK)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as idle:
+        try:
+            for number in range(rounds):
+                for name in names[number % 3 :] + names[: number % 3]:
+                    started = time.perf_counter()
+                    answers = arms[name]()
+                    seconds[name].append(time.perf_counter() - started)
+                    assert answers == expected, f"{name}: not the answers that were given alone"
+            longest = longest_idle(idle, loop.spans)
+        finally:
+            idle.kill()
     alone = np.array(seconds["one by one"])
     return {
         "requests_a_second": {
@@ -152,7 +153,7 @@ def throughput(engine: BaseQueryEngine, questions: Sequence[str], rounds: int) -
             "p99": 1e3 * float(np.quantile(loop.waits, 0.99)),
             "longest": 1e3 * max(loop.waits),
             "over_50": sum(wait > 0.05 for wait in loop.waits),
-            "longest_idle": 1e3 * longest_idle(idle, loop.spans),
+            "longest_idle": 1e3 * longest,
         },
     }
 

@@ -16,6 +16,7 @@ from llama_index.indices.managed.mlpmem import MLPMemIndex
 QUESTIONS = ["Who found wild honey in the old mill?", "Did Ines Maro find a map of the tunnels?"]
 
 
+@pytest.mark.usefixtures("open_loop")  # LlamaIndex leaves the loop of its index open
 def test_a_run_tells_all_figures(index: MLPMemIndex) -> None:
     vectors = VectorStoreIndex(list(index.docstore.docs.values()), embed_model=MockEmbedding(8))
     rag = vectors.as_query_engine(llm=index.as_llm(lambda_=0.0, max_new_tokens=4), streaming=True)
