@@ -134,7 +134,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         query = self._checked(query_vector, len(given))
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
         taps = self._taps if lambda_ > 0 else {}
-        if taps:
+        if taps or self.base.dtype == torch.bfloat16:  # there, the base's own bits stay the same
             logits_to_keep = _named(logits_to_keep, given)
         for tap in taps.values():
             tap.listen()
