@@ -463,15 +463,19 @@ def test_interrupted_while_saving(
     assert (tmp_path / "memory" / WEIGHTS).read_bytes() == finished.weights
 
 
+def assert_not_done_again(out: Path, source: Path, config: TrainConfig, run: Run) -> None:
+    before = snapshot(out)
+    events: list[ProgressEvent] = []
+    report = train(source, out=out, config=config, on_progress=events.append)
+    assert report == replace(run.report, out=str(out))
+    assert snapshot(out) == before
+    assert stages_of(events) == ["corpus", "base model", "tokenize"]
+
+
 def test_a_finished_run_is_not_done_again(
     trained: Path, source: Path, config: TrainConfig, finished: Run
 ) -> None:
-    before = snapshot(trained)
-    events: list[ProgressEvent] = []
-    report = train(source, out=trained, config=config, on_progress=events.append)
-    assert report == replace(finished.report, out=str(trained))
-    assert snapshot(trained) == before
-    assert stages_of(events) == ["corpus", "base model", "tokenize"]
+    assert_not_done_again(trained, source, config, finished)
 
 
 def test_the_working_folder_may_be_deleted(
@@ -771,12 +775,7 @@ def test_a_finished_self_study_is_not_done_again(
     tmp_path: Path, source: Path, study_config: TrainConfig, studied: Run
 ) -> None:
     out = Path(shutil.copytree(studied.out, tmp_path / "memory"))
-    before = snapshot(out)
-    events: list[ProgressEvent] = []
-    report = train(source, out=out, config=study_config, on_progress=events.append)
-    assert report == replace(studied.report, out=str(out))
-    assert snapshot(out) == before
-    assert stages_of(events) == ["corpus", "base model", "tokenize"]
+    assert_not_done_again(out, source, study_config, studied)
 
 
 def test_other_questions_in_the_same_file_are_studied(

@@ -49,8 +49,9 @@ def bench(
 ) -> None:
     """Run the paper's protocols on your data, beside the paper's figures.
 
-    Perplexity with base model, kNN-LM and memory; questions; right against made-up answers; time
-    by corpus size. What there is no data for is left out and named.
+    Perplexity with base model, kNN-LM and memory; questions; right against
+    made-up answers; time by corpus size. What there is no data for is left
+    out and named.
     """
     from mlpmem_cli import display
 
