@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mlpmem_eval.schema import Report
-from mlpmem_rag.config import TrainConfig
-from mlpmem_rag.corpus import Corpus, Document
-from mlpmem_rag.distill import DistillConfig
-from mlpmem_rag.pipeline import train
 
 from .fakes import FakeClock, LetterEncoder, sample_report
 
@@ -38,22 +35,9 @@ def roomy_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def tiny_memory(
-    roomy_folder: Path, tiny_documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tiny_memory(roomy_folder: Path, memory_of: Callable[[Path], Path]) -> Path:
     """Of the paper's recipe: no encoder, no questions, and a datastore for its teacher."""
-    out = tmp_path_factory.mktemp("memories") / "tiny"
-    config = TrainConfig(
-        recipe="paper",
-        base_model=str(roomy_folder),
-        device="cpu",
-        dtype="float32",
-        window=48,
-        neighbors=8,
-        distill=DistillConfig(epochs=2, batch_rows=256, learning_rate=1e-2),
-    )
-    train(Corpus(tuple(tiny_documents)), out=out, config=config)
-    return out
+    return memory_of(roomy_folder)
 
 
 @pytest.fixture

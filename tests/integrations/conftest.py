@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -164,3 +165,16 @@ def index(taught: Path, tmp_path: Path) -> MLPMemIndex:
     """That index, on a copy of its own."""
     shutil.copytree(taught, tmp_path / "index")
     return MLPMemIndex.load(tmp_path / "index", device="cpu", max_new_tokens=16)
+
+
+@pytest.fixture
+def passes(on_forward: Callable[[Callable[[int], object]], None]) -> list[int]:
+    """Grows with every forward pass of the base model."""
+    seen: list[int] = []
+
+    def slowly(number: int) -> None:
+        seen.append(number)
+        time.sleep(0.005)
+
+    on_forward(slowly)
+    return seen

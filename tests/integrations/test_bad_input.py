@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -93,19 +92,6 @@ def test_threads_and_asyncio_at_once_get_the_answers_they_get_alone(index: MLPMe
 
 
 # Left early.
-
-
-@pytest.fixture
-def passes(on_forward: OnForward) -> list[int]:
-    """Grows with every forward pass of the base model."""
-    seen: list[int] = []
-
-    def slowly(number: int) -> None:
-        seen.append(number)
-        time.sleep(0.005)
-
-    on_forward(slowly)
-    return seen
 
 
 @pytest.mark.usefixtures("threads_stay")

@@ -132,19 +132,6 @@ def ask(llm: MLPMemLLM, name: str, asynchronous: bool = False) -> Any:  # noqa: 
     return asyncio.run(wait())
 
 
-@pytest.fixture
-def passes(on_forward: OnForward) -> list[int]:
-    """Grows with every forward pass of the base model."""
-    seen: list[int] = []
-
-    def slowly(number: int) -> None:
-        seen.append(number)
-        time.sleep(0.005)
-
-    on_forward(slowly)
-    return seen
-
-
 @pytest.mark.parametrize("name", ["stream_complete", "stream_chat"])
 def test_a_stream_that_is_left_stops(llm: MLPMemLLM, passes: list[int], name: str) -> None:
     given: Any = [ChatMessage(QUESTIONS[0])] if name.endswith("chat") else QUESTIONS[0]
