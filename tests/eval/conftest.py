@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ import pytest
 from mlpmem_eval.schema import Report
 
 from .fakes import FakeClock, LetterEncoder, sample_report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closed_loop() -> Iterator[None]:
+    """LlamaIndex's synchronous calls leave open the event loop that they find or make."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    loop.close()
 
 
 @pytest.fixture
