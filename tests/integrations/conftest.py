@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import json
 import re
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from llama_index.core import Document as LlamaDocument
+from llama_index.core.storage.chat_store import sql as chat_store
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from transformers import AutoTokenizer
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
@@ -94,15 +95,20 @@ def on_forward(
 
 
 @pytest.fixture
-def open_loop() -> Iterator[None]:
-    """For LlamaIndex's chat memory, which would make a loop for its database and close neither.
+def open_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For LlamaIndex's chat memory, which would make a loop for its database and close neither."""
+    engines = []
 
-    To be used with `filterwarnings("ignore::ResourceWarning")`.
-    """
+    def noted(*args: Any, **settings: Any) -> AsyncEngine:
+        engines.append(create_async_engine(*args, **settings))
+        return engines[-1]
+
+    monkeypatch.setattr(chat_store, "create_async_engine", noted)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     yield
-    gc.collect()
+    for engine in engines:
+        loop.run_until_complete(engine.dispose())
     asyncio.set_event_loop(None)
     loop.close()
 

@@ -22,7 +22,7 @@ SURE = "Did Ines Maro find a map of the tunnels?"
 
 # LlamaIndex's agents use old names of pydantic and of their own workflows.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.usefixtures("open_loop"),
 ]
 

@@ -111,7 +111,6 @@ def test_the_swap_is_one_import_and_one_name() -> None:
     assert used[0][1:].replace("VectorStoreIndex", "MLPMemIndex") == used[1][1:]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.usefixtures("tiny", "open_loop")
 @pytest.mark.parametrize("name", ["swap_before", "swap_after"])
 def test_both_sides_of_the_swap_run(
@@ -134,7 +133,7 @@ def test_hybrid(taught: Path, embedding: Path) -> None:
     assert "\n  from rag confidence 0." in unsure
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("open_loop")
 def test_agent(index: MLPMemIndex, capsys: pytest.CaptureFixture[str]) -> None:
     planner = ScriptedLLM(
