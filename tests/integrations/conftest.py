@@ -99,8 +99,8 @@ def open_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For LlamaIndex's chat memory, which would make a loop for its database and close neither."""
     engines = []
 
-    def noted(*args: Any, **settings: Any) -> AsyncEngine:
-        engines.append(create_async_engine(*args, **settings))
+    def noted(url: str) -> AsyncEngine:
+        engines.append(create_async_engine(url))
         return engines[-1]
 
     monkeypatch.setattr(chat_store, "create_async_engine", noted)
