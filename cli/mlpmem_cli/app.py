@@ -25,6 +25,7 @@ from mlpmem_cli.plan import plan
 from mlpmem_cli.questions import questions
 from mlpmem_cli.report import report
 from mlpmem_cli.train import train
+from mlpmem_cli.verify import verify
 from mlpmem_rag import __version__
 from mlpmem_rag.errors import MLPMemError
 from mlpmem_rag.failures import is_out_of_memory
@@ -42,6 +43,7 @@ app.command()(plan)
 app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
+app.command()(verify)
 app.command()(questions)
 app.command()(export)
 app.command()(convert)
