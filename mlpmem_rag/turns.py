@@ -13,6 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from mlpmem_rag.threads import release_threads
+
 Work = Callable[[Callable[[str], None], threading.Event], None]
 """Called with a function that takes each piece, and an event that says to stop."""
 
@@ -66,6 +68,7 @@ class _Job:
         self, pool: ThreadPoolExecutor, work: Work, tell: Callable[[str | _End], None]
     ) -> None:
         self._stop = threading.Event()
+        release_threads()  # whoever asks waits from here on
         self._future: Future[None] = pool.submit(self._run, work, tell)
 
     def cancel(self) -> None:
@@ -84,3 +87,5 @@ class _Job:
             tell(_End(error))
         else:
             tell(_End())
+        finally:
+            release_threads()  # until the next turn, others compute
