@@ -22,7 +22,9 @@ from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.openings import Openings
 from mlpmem_rag.pieces import TextPieces
+from mlpmem_rag.prompts import Prompt
 from mlpmem_rag.query import QueryEncoder
 
 
@@ -35,12 +37,14 @@ class Parts:
         tokenizer: of the base model.
         encoder: makes the query vector; None: the memory sees none.
         confidence: how sure an answer is; None: this memory cannot tell.
+        openings: beginnings of prompts that the base model has read before.
     """
 
     model: MLPMemForCausalLM
     tokenizer: PreTrainedTokenizerBase
     encoder: QueryEncoder | None
     confidence: Confidence | None
+    openings: Openings
 
     def query_vector(self, asked: str) -> Tensor | None:
         """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""
@@ -79,7 +83,7 @@ class Generation:
 
     Args:
         parts: gives what it is generated with, when its turn has come.
-        prompt: gives the tokens that the model reads.
+        prompt: gives what the model reads.
         asked: what the memory is asked, as a text.
         decoding: how tokens are chosen.
         room: most tokens of the prompt.
@@ -90,7 +94,7 @@ class Generation:
     def __init__(
         self,
         parts: Callable[[], Parts],
-        prompt: Callable[[], list[int]],
+        prompt: Callable[[], Prompt],
         asked: str,
         decoding: Decoding,
         *,
@@ -118,9 +122,11 @@ class Generation:
         self._parts = lambda: parts  # the same to the end, whatever becomes of the memory
         tokenizer = parts.tokenizer
         prompt = self._prompt()
-        token_ids = prompt[-self._room :]  # a question stands at the end: the oldest part goes
+        # A question stands at the end: where there is no room, the oldest part goes.
+        token_ids = prompt.token_ids[-self._room :]
         self._prompt_tokens = len(token_ids)
-        self._cut_tokens = len(prompt) - len(token_ids)
+        self._cut_tokens = len(prompt.token_ids) - len(token_ids)
+        opening = [] if self._cut_tokens else token_ids[: prompt.opening]
         config = self._config(parts)
         eos = set(config.eos_token_id or ())
         text = TextPieces(
@@ -135,7 +141,7 @@ class Generation:
             self._ended = text.stopped or token in eos
             return text.stopped or stop.is_set()
 
-        self._generate(parts, token_ids, config, take)
+        self._generate(parts, token_ids, opening, config, take)
         give(text.end())
 
     @torch.inference_mode()
@@ -143,13 +149,15 @@ class Generation:
         self,
         parts: Parts,
         token_ids: list[int],
+        opening: list[int],
         config: GenerationConfig,
         take: Callable[[int], bool],
     ) -> None:
         model: Any = parts.model  # generate() is annotated for other classes
         lambda_ = self._decoding.lambda_
+        mixes = (model.memory_lambda if lambda_ is None else lambda_) > 0
         prompt = torch.tensor([token_ids], device=model.device)
-        query = None if lambda_ == 0 else parts.query_vector(self._asked)
+        query = parts.query_vector(self._asked) if mixes else None
         if query is not None:
             self._recorder = Recorder(model.memory.familiarity(query))
         model.generate(
@@ -160,6 +168,8 @@ class Generation:
             logits_processor=LogitsProcessorList([self._recorder, *self._decoding.choosers()]),
             memory_lambda=lambda_,
             query_vector=query,
+            # The base model alone reads all at once: in pieces its last bits would be others.
+            past_key_values=parts.openings.cache(opening) if mixes else None,
         )
 
     def answer(self, text: str) -> Answer:

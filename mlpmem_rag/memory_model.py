@@ -19,13 +19,16 @@ from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.generation import Answer, Generation, Parts
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
+from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import (
     STOP_STRING,
     Message,
+    Prompt,
     answer_ids,
     asked_text,
     chats,
     check_asked,
+    conversation,
     prompt_ids,
     text_ids,
 )
@@ -91,6 +94,7 @@ class MemoryModel:
         self.confidence = confidence
         self.folder: Path | None = None
         self.backbone: Backbone | None = None
+        self._openings = Openings(model.base)
         self._turns = Turns()
 
     @classmethod
@@ -199,7 +203,7 @@ class MemoryModel:
         if not chats(self.tokenizer):
             decoding = replace(decoding, stop=(*decoding.stop, STOP_STRING))
         return self._start(
-            lambda: prompt_ids(self.tokenizer, messages),
+            lambda: conversation(self.tokenizer, messages),
             asked_text(messages) if asked is None else asked,
             decoding,
             strip=True,
@@ -227,7 +231,7 @@ class MemoryModel:
         """
         check_asked([{"role": "user", "content": text}])
         return self._start(
-            lambda: text_ids(self.tokenizer, text),
+            lambda: Prompt(text_ids(self.tokenizer, text)),
             text if asked is None else asked,
             decoding,
             strip=strip,
@@ -236,7 +240,7 @@ class MemoryModel:
 
     def _start(
         self,
-        prompt: Callable[[], list[int]],
+        prompt: Callable[[], Prompt],
         asked: str,
         decoding: Decoding,
         *,
@@ -320,9 +324,10 @@ class MemoryModel:
             self.model, self.tokenizer = other.model, other.tokenizer
             self.encoder, self.confidence = other.encoder, other.confidence
             self.folder, self.backbone = other.folder, other.backbone
+            self._openings = Openings(other.model.base)
 
         for _ in self._turns.pieces(take):
             pass
 
     def _parts(self) -> Parts:
-        return Parts(self.model, self.tokenizer, self.encoder, self.confidence)
+        return Parts(self.model, self.tokenizer, self.encoder, self.confidence, self._openings)
