@@ -5,6 +5,7 @@ Khandelwal et al., arXiv 1911.00172.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class NeighborMemory(torch.nn.Module):
     """The votes of the nearest rows, in the place of a memory.
 
     Args:
-        memory: gives the corpus vocabulary and the shape of the query vector, which is not used.
+        memory: gives the corpus vocabulary. Who votes for the next token sees no query vector.
         datastore: rows of the corpus.
         tau: temperature of the votes.
         k: rows that vote.
@@ -49,7 +50,7 @@ class NeighborMemory(torch.nn.Module):
 
     def __init__(self, memory: Memory, datastore: Datastore, tau: float, k: int) -> None:
         super().__init__()
-        self.config = memory.config
+        self.config = replace(memory.config, query_size=0, num_prototypes=0)
         self.corpus_tokens = memory.corpus_tokens
         rows = np.arange(datastore.num_rows)
         self._centre = key_centre(datastore, rows)

@@ -35,19 +35,22 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def bench(tiny_memory: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
-    memory = MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
+def bench_of(folder: Path, documents: list[Document], work: Path) -> Workbench:
     return Workbench(
-        memory,
-        tiny_memory,
-        load_manifest(tiny_memory),
-        tmp_path,
-        Corpus(tuple(tiny_documents)),
+        MemoryModel.load(folder, device="cpu", dtype="float32"),
+        folder,
+        load_manifest(folder),
+        work,
+        Corpus(tuple(documents)),
         max_new_tokens=4,
         tuning_questions=lambda: QUESTIONS,
         encoder=LetterEncoder(),
     )
+
+
+@pytest.fixture
+def bench(tiny_memory: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
+    return bench_of(tiny_memory, tiny_documents, tmp_path)
 
 
 def test_arms_that_are_not_known_or_lack_documents_are_refused(bench: Workbench) -> None:
@@ -117,7 +120,15 @@ def test_a_search_is_done_once(bench: Workbench) -> None:
 # peft asks transformers 5 for a name that it will have no more in 6.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("name", ARMS)
-def test_an_arm_answers(name: str, bench: Workbench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["tiny_memory", "studied_memory"])
+def test_an_arm_answers(
+    memory: str,
+    name: str,
+    tiny_documents: list[Document],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    bench = bench_of(request.getfixturevalue(memory), tiny_documents, tmp_path)
     bench.threshold = 0.5  # this memory gives no confidence to fit one on
     (arm,) = make_arms([name], bench)
     rows = run_comparison([arm.answerer], QUESTIONS, tmp_path / "rows", RunSettings(warm_up=0))
