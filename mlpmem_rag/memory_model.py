@@ -35,7 +35,7 @@ from mlpmem_rag.prompts import (
 from mlpmem_rag.provenance import Origin, Provenance
 from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
-from mlpmem_rag.turns import Turns
+from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
 
@@ -55,7 +55,7 @@ class AnswerStream:
     def __iter__(self) -> Generator[str, None, None]:
         """Yield pieces as they are generated."""
         if self._first_time():
-            with closing(self._turns.pieces(self._generation.run)) as pieces:
+            with closing(self._turns.pieces(self._generation.task)) as pieces:
                 for piece in pieces:
                     self._text.append(piece)
                     yield piece
@@ -63,7 +63,7 @@ class AnswerStream:
     async def __aiter__(self) -> AsyncGenerator[str, None]:
         """Yield pieces as they are generated, and leave the event loop free meanwhile."""
         if self._first_time():
-            async with aclosing(self._turns.apieces(self._generation.run)) as pieces:
+            async with aclosing(self._turns.apieces(self._generation.task)) as pieces:
                 async for piece in pieces:
                     self._text.append(piece)
                     yield piece
@@ -311,7 +311,7 @@ class MemoryModel:
 
     def query_vector(self, asked: str) -> Tensor | None:
         """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""
-        return self._parts().query_vector(asked)
+        return self._parts().query_vectors([asked])
 
     def become(self, other: MemoryModel) -> None:
         """Answer as another memory does, and so does everything that holds this object.
@@ -326,7 +326,7 @@ class MemoryModel:
             self.folder, self.backbone = other.folder, other.backbone
             self._openings = Openings(other.model.base)
 
-        for _ in self._turns.pieces(take):
+        for _ in self._turns.pieces(alone(take)):
             pass
 
     def _parts(self) -> Parts:

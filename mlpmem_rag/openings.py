@@ -28,8 +28,11 @@ class Openings:
         self._kept: OrderedDict[tuple[int, ...], DynamicCache] = OrderedDict()
 
     @torch.inference_mode()
-    def cache(self, opening: Sequence[int]) -> DynamicCache | None:
-        """A cache of the tokens, to be continued; None: this model is to read them itself."""
+    def cache(self, opening: Sequence[int], batch: int = 1) -> DynamicCache | None:
+        """A cache of the tokens, to be continued by so many sequences.
+
+        None: the model is to read the tokens itself.
+        """
         tokens = tuple(opening)
         if len(tokens) < SHORTEST:
             return None
@@ -41,7 +44,10 @@ class Openings:
         self._kept.move_to_end(tokens)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return copy.deepcopy(self._kept[tokens])
+        cache = copy.deepcopy(self._kept[tokens])
+        if batch > 1:
+            cache.batch_repeat_interleave(batch)
+        return cache
 
     def _read(self, tokens: tuple[int, ...]) -> DynamicCache | None:
         ids = torch.tensor([tokens], device=self._base.device)

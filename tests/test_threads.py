@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlpmem_rag.threads import _pause, release_threads
-from mlpmem_rag.turns import Turns
+from mlpmem_rag.turns import Turns, alone
 
 THREADS = Path("/proc/self/task")
 
@@ -68,6 +68,6 @@ def test_whoever_asks_and_whoever_answered_keep_no_team() -> None:
         inside.append(running())
         give("done")
 
-    assert list(turns.pieces(work)) == ["done"]
+    assert list(turns.pieces(alone(work))) == ["done"]
     assert inside == [with_team + 1]  # the turns' own thread and its two, less the asker's two
     assert soon(lambda: running() == with_team - 2 + 1)
