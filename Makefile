@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-transformers test-lm-eval coverage lint format wheel clean
+.PHONY: help setup demo test test-slow test-transformers test-lm-eval fuzz coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
@@ -41,6 +41,13 @@ test-lm-eval: setup ## install lm-evaluation-harness and run it on a tiny memory
 	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
 		--editable '.[lm-eval]'
 	$(BIN)/pytest tests/test_harness.py -rs
+
+FUZZ ?= manifest config weights questions corpus
+FUZZ_SECONDS ?= 60
+fuzz: setup ## try made-up bytes on every reader of strangers' files, FUZZ_SECONDS each
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[fuzz]'
+	for target in $(FUZZ); do $(BIN)/python -m fuzz.run $$target $(FUZZ_SECONDS) || exit 1; done
 
 coverage: setup ## run the tests and list the lines that none of them reached
 	$(BIN)/pytest --cov --cov-report=term

@@ -4,8 +4,8 @@ python examples/service.py demo/memory
 curl localhost:8000/answer --json '{"question": "Which constellation is Vega in?"}'
 curl -N localhost:8000/stream --json '{"question": "Which constellation is Vega in?"}'
 
-Any number of clients may ask at once: requests wait for their turn on the one model, those that wait
-are generated together, the event loop never waits, and a client who hangs up frees the model.
+Any number of clients may ask at once: requests wait for their turn on the one model, those that
+wait are generated together, the event loop never waits, and a client who hangs up frees the model.
 """
 
 from __future__ import annotations

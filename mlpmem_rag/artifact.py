@@ -6,26 +6,31 @@ how they came about and guards them. `work/` beside them is the training's own a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mlpmem_rag.backbone import BaseReference
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.configuration import MODEL_TYPE
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.gate import Gate
+from mlpmem_rag.integrity import Verify, problems, read_json, sha256
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.query import NONE
 from mlpmem_rag.storage import replace_file, write_json
+from mlpmem_rag.tensors import (
+    check_headers,
+    check_tokens,
+    parse_shape,
+    read_headers,
+    read_tensors,
+)
 
 FORMAT_VERSION = 2
 CONFIG = "config.json"
@@ -88,6 +93,17 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_MANIFEST_KINDS = {
+    "created": str,
+    "run": str,
+    "corpus": dict,
+    "training": dict,
+    "figures": dict,
+    "versions": dict,
+    "files": dict,
+}
+
+
 def save_artifact(
     folder: Path, settings: MemorySettings, memory: Memory, manifest: Manifest, card: str
 ) -> None:
@@ -116,7 +132,7 @@ def load_settings(folder: Path) -> MemorySettings:
     Raises:
         ArtifactError: it is missing, damaged, or not a memory's.
     """
-    config = read_json(folder, CONFIG)
+    config = read_folder_json(folder, CONFIG)
     if config.get("model_type") != MODEL_TYPE:
         raise ArtifactError(
             f"{folder / CONFIG} describes a {config.get('model_type')!r}, not a {MODEL_TYPE!r}; "
@@ -124,7 +140,7 @@ def load_settings(folder: Path) -> MemorySettings:
         )
     try:
         settings = parse_settings(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}); train again"
         ) from error
@@ -140,18 +156,32 @@ def parse_settings(config: dict[str, Any]) -> MemorySettings:
     """The settings among the fields of a configuration.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: a field is missing or of another kind.
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: a field is missing, of
+            another kind, or out of range.
     """
     return MemorySettings(
-        base=BaseReference(**config["base"]),
+        base=parse_reference(config["base"]),
         layer=int(config["layer"]),
-        memory=MemoryConfig(**config["memory"]),
+        memory=parse_shape(config["memory"]),
         memory_lambda=float(config["memory_lambda"]),
         memory_temperature=float(config["memory_temperature"]),
         encoder=str(config["encoder"]),
         gate=Gate(**_weights(config["gate"])) if config["gate"] else None,
         confidence=(Confidence(**_weights(config["confidence"])) if config["confidence"] else None),
     )
+
+
+def parse_reference(values: dict[str, Any]) -> BaseReference:
+    """What names the base model.
+
+    Raises:
+        TypeError, ValueError: a field is missing, unknown or of another kind.
+    """
+    reference = BaseReference(**values)
+    texts = (reference.name, reference.weights, reference.tokenizer, reference.revision or "")
+    if not all(isinstance(text, str) for text in texts) or type(reference.vocab_size) is not int:
+        raise ValueError("base: a field of another kind")
+    return reference
 
 
 def _weights(values: dict[str, Any]) -> dict[str, tuple[float, ...]]:
@@ -167,7 +197,7 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: it is missing, damaged, or of a newer format.
     """
-    content = read_json(folder, MANIFEST)
+    content = read_folder_json(folder, MANIFEST)
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -178,83 +208,57 @@ def load_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**content)
     except TypeError as error:
         raise ArtifactError(f"{folder / MANIFEST} is damaged ({error}); train again") from error
-    if not isinstance(manifest.files, dict):
-        raise ArtifactError(f"{folder / MANIFEST} is damaged (files: no object); train again")
+    for name, kind in _MANIFEST_KINDS.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise ArtifactError(
+                f"{folder / MANIFEST} is damaged ({name}: no {kind.__name__}); train again"
+            )
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its checksum.
+def verify_files(folder: Path, manifest: Manifest, how: Verify = Verify.full) -> None:
+    """Compare every file with what the manifest says of it; see `Verify`.
 
     Raises:
         ArtifactError: a file is missing, changed (both values are named) or outside the folder.
     """
+    for problem in file_problems(folder, manifest, how):
+        raise ArtifactError(problem)
+
+
+def file_problems(folder: Path, manifest: Manifest, how: Verify = Verify.full) -> Iterator[str]:
+    """What is wrong with the files of a memory, one message each."""
     if not any(name.endswith(SAFETENSORS) for name in manifest.files):
-        raise ArtifactError(f"{folder / MANIFEST} lists no {WEIGHTS}; train again")
-    for name in dict.fromkeys((CONFIG, *manifest.files, CARD)):
-        entry = manifest.files.get(name)
-        path = folder / name
-        if entry is None:
-            raise ArtifactError(f"{folder / MANIFEST} lists no {name}; train again")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ArtifactError(f"{folder / MANIFEST} lists {name}, which is not in the folder")
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing; train again or copy the folder anew")
-        if name != CARD and (found := sha256(path)) != entry.get("sha256"):
-            raise ArtifactError(
-                f"{path} was changed or is damaged: its SHA-256 is {found[:16]}…, the manifest "
-                f"says {str(entry.get('sha256'))[:16]}…; train again or copy the folder anew"
-            )
+        yield f"the manifest of {folder} lists no {WEIGHTS}; train again"
+    yield from problems(folder, manifest.files, required=(CONFIG, CARD), editable=(CARD,), how=how)
 
 
-def load_memory(folder: Path, config: MemoryConfig, *, inside: bool = False) -> Memory:
+def load_memory(
+    folder: Path, config: MemoryConfig, *, inside: bool = False, num_tokens: int | None = None
+) -> Memory:
     """Read the weights into a memory of the given shape.
 
     Args:
         folder: with the safetensors.
         config: the shape.
         inside: whether the base model's weights lie in the same files.
+        num_tokens: how many tokens the base model has, where that is known.
 
     Raises:
         ArtifactError: file damaged, other tensors or shapes than configured, values not finite.
     """
-    tensors = _memory_tensors(folder, INSIDE if inside else "")
-    try:
-        with torch.device("meta"):
-            memory = Memory(config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(
-            f"{folder / CONFIG} describes a memory that cannot be built "
-            f"({type(error).__name__}: {error}); train again"
-        ) from error
-    for name, expected in memory.state_dict().items():
-        found = tensors.get(name)
-        if found is None or found.shape != expected.shape:
-            raise ArtifactError(
-                f"{folder / WEIGHTS}: tensor {name} has shape "
-                f"{None if found is None else tuple(found.shape)}, the configuration says "
-                f"{tuple(expected.shape)}; train again"
-            )
-        if found.is_floating_point() and not math.isfinite(found.abs().sum().item()):
-            raise ArtifactError(f"{folder / WEIGHTS}: tensor {name} is not finite; train again")
+    prefix = INSIDE if inside else ""
+    files = sorted(folder.glob(f"*{SAFETENSORS}")) if inside else [folder / WEIGHTS]
+    headers = read_headers(files, prefix)
+    names = list(check_headers(headers, config, folder / WEIGHTS))
+    tensors = read_tensors(headers, names, prefix)
+    check_tokens(tensors["corpus_tokens"], folder / WEIGHTS, num_tokens)
     # A copy: it alone would keep the whole file mapped after a cast of the weights.
     tensors["corpus_tokens"] = tensors["corpus_tokens"].clone()
-    memory.load_state_dict({name: tensors[name] for name in memory.state_dict()}, assign=True)
+    with torch.device("meta"):
+        memory = Memory(config)
+    memory.load_state_dict(tensors, assign=True)
     return memory.eval()
-
-
-def _memory_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """All tensors whose names begin so, by the rest of their names."""
-    files = sorted(folder.glob(f"*{SAFETENSORS}")) if prefix else [folder / WEIGHTS]
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                tensors |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); train again") from error
-    return tensors
 
 
 def check_base(settings: MemorySettings, given: BaseReference) -> None:
@@ -273,27 +277,14 @@ def check_base(settings: MemorySettings, given: BaseReference) -> None:
             )
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_folder_json(folder: Path, name: str) -> dict[str, Any]:
     """Read one of the folder's JSON files.
 
     Raises:
         ArtifactError: it is missing, or no JSON object.
     """
-    path = folder / name
-    if not path.is_file():
+    if not (folder / name).is_file():
         raise ArtifactError(
             f"{folder} is not a memory: it has no {name}; give a folder written by mlpmem-rag train"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged ({error}); train again") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} is damaged (no JSON object); train again")
-    return content
+    return read_json(folder / name)

@@ -30,17 +30,19 @@ from mlpmem_rag.artifact import (
     Manifest,
     MemorySettings,
     load_manifest,
+    load_memory,
     parse_settings,
-    read_json,
+    read_folder_json,
     save_artifact,
-    sha256,
     verify_files,
 )
 from mlpmem_rag.backbone import BaseReference, tokenizer_fingerprint, weights_fingerprint
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.integrity import Verify, sha256
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.storage import write_json
+from mlpmem_rag.tensors import parse_shape
 
 if TYPE_CHECKING:
     from mlpmem_rag.model import MLPMemForCausalLM
@@ -83,16 +85,30 @@ class Provenance:
         return folder if self.merged and folder.is_dir() else None
 
 
-def open_folder(folder: Path) -> Provenance:
+def open_folder(folder: Path, how: Verify = Verify.full) -> Provenance:
     """Check a local folder against its manifest.
 
     Raises:
         ArtifactError: no memory, or a file is missing or changed; both checksums are named.
     """
     manifest = load_manifest(folder)
-    verify_files(folder, manifest)
-    merged = read_json(folder, CONFIG).get("base_config") is not None
+    verify_files(folder, manifest, how)
+    merged = read_folder_json(folder, CONFIG).get("base_config") is not None
     return Provenance(folder, manifest, (folder / CARD).read_text(encoding="utf-8"), merged)
+
+
+def check_inside(source: Provenance, config: MLPMemConfig) -> None:
+    """Check the memory's tensors before transformers loads them, which fills in what is missing.
+
+    Raises:
+        ArtifactError: they are damaged, or others than configured.
+    """
+    try:
+        shape = parse_shape(config.memory or {})
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{source.folder / CONFIG} is damaged ({error})") from error
+    num_tokens = getattr(config.get_text_config(), "vocab_size", None)
+    load_memory(source.folder, shape, inside=True, num_tokens=num_tokens)
 
 
 def fetch(name: str, options: dict[str, Any]) -> Path:

@@ -11,6 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.integrity import is_inside
+
 MODEL_TYPE = "mlpmem"
 STACK_TYPE = "mlpmem-stack"
 
@@ -100,6 +103,12 @@ class MemoryStackConfig(PreTrainedConfig):
     ) -> None:
         self.base_config: PreTrainedConfig | None = None  # the base class asks for it
         self.members = members or {}
+        for name in self.members:
+            if not is_inside(name):
+                raise ArtifactError(
+                    f"a memory of a stack is named {name!r}; allowed are names that a folder below "
+                    "the stack's can have on every system"
+                )
         self.memory_lambda = memory_lambda
         super().__init__(**kwargs)
         self.base_config = base_config

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.query import QueryEncoder, Vectors, encoded
+from mlpmem_rag.storage import save_array
 from mlpmem_rag.windows import Window
 
 BLOCK = 64
@@ -33,8 +34,8 @@ class Contexts:
 
     def save(self, folder: Path) -> None:
         """Write one `.npy` a field."""
-        np.save(folder / "context_vectors.npy", self.vectors, allow_pickle=False)
-        np.save(folder / "context_blocks.npy", self.blocks, allow_pickle=False)
+        save_array(folder / "context_vectors.npy", self.vectors)
+        save_array(folder / "context_blocks.npy", self.blocks)
 
     @classmethod
     def open(cls, folder: Path) -> Contexts:

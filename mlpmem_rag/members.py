@@ -47,7 +47,12 @@ def open_member(
     settings = load_settings(source.folder)
     check_base(settings, backbone.reference)
     settings = replace(settings, layer=resolve_layer(settings.layer, backbone.num_layers))
-    memory = load_memory(source.folder, settings.memory, inside=source.merged)
+    memory = load_memory(
+        source.folder,
+        settings.memory,
+        inside=source.merged,
+        num_tokens=settings.base.vocab_size,
+    )
     return Member(settings, source, _encoder(settings, source, backbone, others)), memory
 
 

@@ -18,6 +18,7 @@ from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.generation import Answer, Generation, Parts
+from mlpmem_rag.integrity import Verify
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import (
@@ -105,6 +106,7 @@ class MemoryModel:
         base_model: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        verify: str = Verify.full,
     ) -> MemoryModel:
         """Load a memory folder and the base model it names; see `mlpmem_rag.model.load_model`.
 
@@ -113,7 +115,7 @@ class MemoryModel:
             BaseModelError: the base model cannot be loaded.
         """
         model, backbone, settings = load_model(
-            folder, base_model=base_model, device=device, dtype=dtype
+            folder, base_model=base_model, device=device, dtype=dtype, verify=verify
         )
         memory = cls(model, backbone.tokenizer, model.query_encoder, settings.confidence)
         memory.folder, memory.backbone = Path(folder), backbone

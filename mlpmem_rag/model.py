@@ -27,6 +27,7 @@ from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.hardware import resolve_device, resolve_dtype
+from mlpmem_rag.integrity import Verify, verify_mode
 from mlpmem_rag.load_options import refuse_quantization, taken_options
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.mixing import check_lambda, mix
@@ -216,7 +217,8 @@ class MLPMemForCausalLM(AugmentedLM):
             *args: as in transformers.
             **kwargs: as in transformers, the settings of `MLPMemConfig` among them, and
                 `base_model`: where to take the base from when its place has changed since the
-                training; its fingerprint must be the same.
+                training; its fingerprint must be the same; and `verify`: `full` or `fast`, see
+                `mlpmem_rag.integrity.Verify`.
 
         Raises:
             ArtifactError: files are missing, damaged, or belong to another base model.
@@ -227,12 +229,13 @@ class MLPMemForCausalLM(AugmentedLM):
         if pretrained_model_name_or_path is None:  # weights are given as state_dict
             return load(None, *args, **kwargs)
         folder = checkpoint.fetch(os.fspath(pretrained_model_name_or_path), kwargs)
-        source = checkpoint.open_folder(folder)
+        source = checkpoint.open_folder(folder, verify_mode(kwargs.pop("verify", Verify.full)))
         if not source.merged:
             return _load_beside(source, kwargs)
         if kwargs.pop("base_model", None) is not None:
             raise _base_inside(source)
         refuse_quantization(kwargs)
+        checkpoint.check_inside(source, MLPMemConfig.from_pretrained(source.folder))
         loaded = load(source.folder, *args, **kwargs)
         model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base.requires_grad_(False)  # transformers has put new parameters in place
@@ -272,6 +275,7 @@ def load_model(
     base_model: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    verify: str = Verify.full,
 ) -> tuple[MLPMemForCausalLM, Backbone, MemorySettings]:
     """Load a memory and its base model from a folder written by training or `save_pretrained`.
 
@@ -281,12 +285,13 @@ def load_model(
             its fingerprint must be the same.
         device: `auto`, `cpu`, `cuda`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        verify: `full` compares all checksums, `fast` spares those of the weights.
 
     Raises:
         ArtifactError: the folder is missing, damaged, or belongs to another base model.
         BaseModelError: the base model cannot be loaded.
     """
-    source = checkpoint.open_folder(Path(folder))
+    source = checkpoint.open_folder(Path(folder), verify_mode(verify))
     settings = load_settings(source.folder)
     if not source.merged:
         model = _on_its_base(source, settings, base_model, device, dtype)
@@ -294,7 +299,10 @@ def load_model(
     if base_model is not None:
         raise _base_inside(source)
     place = resolve_device(device)
-    model = MLPMemForCausalLM.from_pretrained(source.folder, dtype=resolve_dtype(dtype, place))
+    # Verified just now: the second look costs little.
+    model = MLPMemForCausalLM.from_pretrained(
+        source.folder, dtype=resolve_dtype(dtype, place), verify=Verify.fast
+    )
     torch.nn.Module.to(model, place)
     return model, model.backbone, replace(settings, encoder=model.encoder_source)
 
@@ -306,7 +314,7 @@ def _on_its_base(
     device: str,
     dtype: str,
 ) -> MLPMemForCausalLM:
-    memory = load_memory(source.folder, settings.memory)
+    memory = load_memory(source.folder, settings.memory, num_tokens=settings.base.vocab_size)
     backbone = load_referenced(settings.base, base_model, device=device, dtype=dtype)
     model = attach_memory(backbone, memory, settings)
     model.provenance = source

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from mlpmem_rag.artifact import (
-    MANIFEST,
-    WORK,
-)
-from mlpmem_rag.errors import OutputError, ResourceError
-
-LOCK = ".lock"
+from mlpmem_rag.artifact import MANIFEST, WORK
+from mlpmem_rag.errors import OutputError
+from mlpmem_rag.failures import told
+from mlpmem_rag.lock import LOCK, exclusive
 
 
 def is_memory(folder: Path) -> bool:
@@ -36,37 +30,36 @@ def output_folder(
 
     Raises:
         OutputError: `out` is a file, holds something else, cannot be written, or is in use.
-        ResourceError: the disk became full.
+        ResourceError: the disk became full, or the memory of the machine did not suffice.
     """
     work = out / WORK
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file; give a new folder")
-    try:
-        if out.is_dir() and not is_ours(out) and (names := [p.name for p in out.iterdir()]):
+    with ExitStack() as held:
+        try:
+            if out.is_dir() and not is_ours(out) and (names := _names(out)):
+                raise OutputError(
+                    f"--out {out} is not empty and holds no {kind} ({', '.join(names[:3])}); "
+                    "give a new or empty folder"
+                )
+            work.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(work, out))
+        except OSError as error:
             raise OutputError(
-                f"--out {out} is not empty and holds no {kind} ({', '.join(sorted(names)[:3])}); "
-                "give a new or empty folder"
-            )
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise OutputError(
-            f"another run is writing to {out}; wait for it, or give another --out"
-        ) from error
-    except OSError as error:
-        raise OutputError(
-            f"--out {out} cannot be written ({error.strerror or error}); give a folder you may "
-            "write to"
-        ) from error
-    try:
-        yield work
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            f"the disk of {out} is full; finished stages are kept in {work}. Free some space "
-            "and run the same command again to go on"
-        ) from error
-    finally:
-        lock.release()
+                f"--out {out} cannot be written ({error.strerror or error}); give a folder you "
+                "may write to"
+            ) from error
+        try:
+            yield work
+        except Exception as error:
+            in_words = told(error, out, kept=work)
+            if in_words is None:
+                raise
+            raise in_words from error
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder, but for the beginnings of a run that ended before it had begun."""
+    begun = folder / WORK
+    begun_only = begun.is_dir() and not begun.is_symlink() and not any(begun.iterdir())
+    return sorted(p.name for p in folder.iterdir() if not (begun_only and p == begun))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -36,6 +35,7 @@ from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE
 from mlpmem_rag.report import TrainReport, model_card
 from mlpmem_rag.split import Split, split_rows
+from mlpmem_rag.stages import forget_stage
 from mlpmem_rag.storage import folder_bytes
 from mlpmem_rag.targets import Targets, derive_tau
 from mlpmem_rag.training import (
@@ -91,7 +91,7 @@ def train(
             return done
         if fresh:
             for stage in STAGES:
-                shutil.rmtree(work / stage, ignore_errors=True)
+                forget_stage(work / stage)
         plan = _plan(prepared, config, out)
         if on_plan is not None:
             on_plan(plan)

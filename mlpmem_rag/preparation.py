@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlpmem_rag import __version__
-from mlpmem_rag.artifact import sha256
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.errors import CorpusError
+from mlpmem_rag.integrity import sha256
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.questions import BASE_MODEL, WRITERS
 from mlpmem_rag.stages import stage_key

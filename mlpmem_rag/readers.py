@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-_MAX_UNZIPPED_BYTES = 200 * 2**20
-# XML is parsed into a tree many times its size, so a small archive that grows a lot is refused
-# well below the bound above. Archives that stay small may compress as well as they like.
+# XML is parsed into a tree forty times its size. This is the text of ten thick books; an archive
+# that grows a lot is refused well below it. One that stays small may compress as well as it likes.
+_MAX_UNZIPPED_BYTES = 32 * 2**20
 _MAX_UNZIP_RATIO = 100
 _UNZIP_RATIO_FREE_BYTES = 10 * 2**20
 _CSV_DELIMITERS = ",;\t|"
@@ -200,9 +200,8 @@ def _read_docx(data: bytes) -> Record:
     """Read the document's text; pictures are left out."""
     import mammoth
 
-    _check_expansion(data)
     result = mammoth.convert_to_html(
-        io.BytesIO(data),
+        io.BytesIO(_text_parts(data)),
         style_map="p[style-name='Title'] => h1:fresh",
         convert_image=mammoth.images.img_element(_leave_out_image),
         external_file_access=False,
@@ -215,19 +214,24 @@ def _leave_out_image(image: object) -> dict[str, str]:
     return {}
 
 
-def _check_expansion(data: bytes) -> None:
-    """Refuse an archive that grows beyond what a document needs.
+def _text_parts(data: bytes) -> bytes:
+    """The archive without pictures, fonts and the like, unless it grows beyond what text needs.
 
     The sizes are the archive's own claims, which is enough: `zipfile` reads no further than it.
     """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        unzipped = sum(member.file_size for member in archive.infolist())
-    ratio = unzipped / len(data)
-    is_too_steep = unzipped > _UNZIP_RATIO_FREE_BYTES and ratio > _MAX_UNZIP_RATIO
-    if unzipped > _MAX_UNZIPPED_BYTES or is_too_steep:
-        raise UnreadableFileError(
-            f"expands to {unzipped / 2**20:.0f} MiB, {ratio:.0f} times its size"
-        )
+    kept = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(kept, "w") as text:
+        parts = [p for p in archive.infolist() if p.filename.lower().endswith((".xml", ".rels"))]
+        unzipped = sum(part.file_size for part in parts)
+        ratio = unzipped / len(data)
+        is_too_steep = unzipped > _UNZIP_RATIO_FREE_BYTES and ratio > _MAX_UNZIP_RATIO
+        if unzipped > _MAX_UNZIPPED_BYTES or is_too_steep:
+            raise UnreadableFileError(
+                f"expands to {unzipped / 2**20:.0f} MiB, {ratio:.0f} times its size"
+            )
+        for part in parts:
+            text.writestr(part.filename, archive.read(part))
+    return kept.getvalue()
 
 
 def _read_pdf(data: bytes) -> Record:

@@ -27,10 +27,16 @@ def enter_stage(folder: Path, key: str) -> bool:
     """
     note = _read(folder)
     if note.get("key") != key:
-        shutil.rmtree(folder, ignore_errors=True)
+        forget_stage(folder)
         folder.mkdir(parents=True)
         write_json(folder / NOTE, {"key": key, "finished": False, "seconds": 0.0})
     return bool(note.get("key") == key and note.get("finished"))
+
+
+def forget_stage(folder: Path) -> None:
+    """Remove a stage. Its note goes first: half of a stage must never count as one."""
+    (folder / NOTE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish_stage(folder: Path, key: str, seconds: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 from safetensors import SafetensorError
+
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def allocate_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
@@ -37,14 +41,38 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         try:
             write(beside)
         except SafetensorError as error:
-            full = f"os error {errno.ENOSPC}" in str(error)  # all that it tells of the cause
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+            number = _OS_ERROR.search(str(error))  # all that it tells of the cause
+            cause = int(number[1]) if number else errno.EIO
+            raise OSError(cause, str(error), str(path)) from error
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.chmod(0o644)  # safetensors writes files that only their owner may read
         beside.replace(path)
+        _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename outlast a power cut, where the system can be told so."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write a `.npy` in place of `path` in one step, nothing pickled."""
+
+    def write(beside: Path) -> None:
+        # Not np.save, which does not tell a full disk from other failures.
+        there = allocate_array(beside, array.dtype, array.shape)
+        there[...] = array
+        there.flush()
+
+    replace_file(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401

@@ -22,6 +22,7 @@ from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import QueryEncoder, Vectors, encoded
 from mlpmem_rag.questions import Question
+from mlpmem_rag.storage import save_array
 
 BATCH_TOKENS = 2048
 
@@ -55,7 +56,7 @@ class StudyRows:
         """Write one `.npy` a field."""
         for field in fields(self):
             array = getattr(self, field.name)
-            np.save(folder / f"{field.name}.npy", array, allow_pickle=False)
+            save_array(folder / f"{field.name}.npy", array)
 
     @classmethod
     def open(cls, folder: Path) -> StudyRows:

@@ -31,13 +31,13 @@ from mlpmem_rag.artifact import (
     load_memory,
     load_settings,
     save_artifact,
-    sha256,
     verify_files,
 )
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.errors import ArtifactError, BaseModelError
 from mlpmem_rag.gate import Gate
+from mlpmem_rag.integrity import sha256
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import attach_memory, load_model
@@ -85,7 +85,7 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
     """Change a file and its checksum too, so that only what it says can be wrong."""
     (folder / name).write_bytes(content)
     said = json.loads((folder / MANIFEST).read_text())
-    said["files"][name]["sha256"] = sha256(folder / name)
+    said["files"][name] = {"sha256": sha256(folder / name), "bytes": len(content)}
     (folder / MANIFEST).write_text(json.dumps(said))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -366,15 +368,101 @@ def test_encrypted_pdf(tmp_path: Path) -> None:
     assert read_reason(tmp_path, "a.pdf", data) == "encrypted pdf"
 
 
+def docx_of(body: str, doctype: str = "") -> bytes:
+    """A docx whose text part is written as given."""
+    document = f'<?xml version="1.0"?>{doctype}<w:document xmlns:w="{WORD}"><w:body>{body}'
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(make_docx("Lake"))) as whole,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in whole.namelist():
+            if name != "word/document.xml":
+                archive.writestr(name, whole.read(name))
+        archive.writestr("word/document.xml", f"{document}</w:body></w:document>")
+    return buffer.getvalue()
+
+
+def paragraph(text: str) -> str:
+    return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def test_docx_with_entities_that_multiply(tmp_path: Path) -> None:
+    """A billion laughs."""
+    levels = "".join(
+        f'<!ENTITY {c} "{f"&{n};" * 10}">' for c, n in itertools.pairwise("abcdefghij")
+    )
+    bomb = docx_of(paragraph("&a;"), f'<!DOCTYPE w:document [{levels}<!ENTITY j "lol">]>')
+    assert "amplification" in read_reason(tmp_path, "a.docx", bomb)
+
+
+def test_docx_reaches_nothing_outside(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    doctype = f'<!DOCTYPE w:document [<!ENTITY x SYSTEM "{(tmp_path / "secret").as_uri()}">]>'
+    path = tmp_path / "a.docx"
+    path.write_bytes(docx_of(paragraph("open &x; door"), doctype))
+    ((record,), _) = read_records(path)
+    assert record.text.split() == ["open", "door"]
+
+
 def test_docx_that_expands_a_lot(tmp_path: Path) -> None:
-    bomb = make_docx("Lake", padding=bytes(20 * 2**20))
-    expected = f"expands to 20 MiB, {20 * 2**20 / len(bomb):.0f} times its size"
-    assert read_reason(tmp_path, "a.docx", bomb) == expected
+    bomb = docx_of(paragraph("x" * 20 * 2**20))
+    assert read_reason(tmp_path, "a.docx", bomb).startswith("expands to 20 MiB, ")
+
+
+def test_docx_with_more_text_than_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which compresses no better than other texts do."""
+    monkeypatch.setattr(readers, "_MAX_UNZIPPED_BYTES", 2**20)
+    text = random.Random(0).randbytes(2**19).hex()
+    whole = docx_of(paragraph(text[:-9_000]))
+    assert len(read_records(make_file(tmp_path, "a.docx", whole))[0][0].text) > 2**20 - 10_000
+    found = read_reason(tmp_path, "b.docx", docx_of(paragraph(text)))
+    assert found == "expands to 1 MiB, 2 times its size"
+
+
+def test_docx_with_many_pictures_is_read(tmp_path: Path) -> None:
+    buffer = io.BytesIO(make_docx("Lake", padding=bytes(50 * 2**20)))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("word/media/photo.JPG", b"no picture")
+    path = make_file(tmp_path, "a.docx", buffer.getvalue())
+    assert read_records(path)[0][0].title == "Lake"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.docx", docx_of("<w:p>" * 20_000 + "</w:p>" * 20_000)),
+        ("a.html", "<div>" * 300_000 + "lake"),
+        ("a.html", "<table><tr><td>" * 2_000 + "lake"),
+        ("a.rst", "\n".join("  " * depth + "* lake\n" for depth in range(400))),
+    ],
+)
+def test_nesting_without_end_is_a_reason(tmp_path: Path, name: str, content: str | bytes) -> None:
+    assert "recursion" in read_reason(tmp_path, name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "length"),
+    [
+        ("a.html", "<table><tr><td colspan=100000000>lake</td></tr></table>", 10),
+        ("a.html", "<ol start='99999999999999999999'><li>lake</ol>", 30),
+        ("a.html", f"<!DOCTYPE html [<!ENTITY a '{'lake' * 9}'>]><p>&a;&a;&a;", 40),
+        ("a.rst", ".. |a| replace:: |b||b|\n.. |b| replace:: |a||a|\n\n|a|\n", 40),
+    ],
+)
+def test_what_claims_to_be_large_stays_small(
+    tmp_path: Path, name: str, content: str, length: int
+) -> None:
+    (tmp_path / name).write_text(content)
+    ((record,), _) = read_records(tmp_path / name)
+    assert len(record.text) < length
 
 
 def test_docx_that_claims_an_enormous_size(tmp_path: Path) -> None:
     # The size that the archive's directory claims for its last file.
-    data = bytearray(make_docx("Lake"))
+    data = bytearray(docx_of(paragraph("Lake")))
     entry = data.rindex(b"PK\x01\x02")
     data[entry + 24 : entry + 28] = struct.pack("<I", 2**31)
     assert read_reason(tmp_path, "a.docx", bytes(data)).startswith("expands to 2048 MiB, ")

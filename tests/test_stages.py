@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_another_input_removes_what_was_made_from_the_first(folder: Path) -> Non
     assert not enter_stage(folder, "other")
     assert [path.name for path in folder.iterdir()] == [NOTE]
     assert not enter_stage(folder, "key"), "the first result is gone"
+
+
+@pytest.mark.parametrize("key", ["key", "other"])
+def test_what_is_half_removed_does_not_count_as_finished(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(removed: Path, **_: object) -> None:
+        (removed / "result").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            enter_stage(folder, "other")
+    assert not enter_stage(folder, key)
 
 
 @pytest.mark.parametrize("damage", ["", '{"key": "ke', "[]", '{"key": null}'])

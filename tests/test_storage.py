@@ -9,8 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
-from mlpmem_rag.storage import allocate_array, folder_bytes, replace_file, write_json
+from mlpmem_rag.storage import (
+    allocate_array,
+    folder_bytes,
+    replace_file,
+    save_array,
+    write_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +101,34 @@ def test_folder_bytes_counts_every_file_below(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(bytes(size))
     assert folder_bytes(tmp_path) == 3210
     assert folder_bytes(tmp_path / "a" / "b") == 3000
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (7,)])
+def test_a_saved_array_replaces_the_one_before(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "a.npy"
+    save_array(path, np.ones(99))
+    values = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    save_array(path, values[::-1])
+    found = np.load(path, allow_pickle=False)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, values[::-1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("I/O error: Read-only file system (os error 30)", errno.EROFS),
+        ("something else", errno.EIO),
+    ],
+)
+def test_what_failed_below_safetensors_is_told_by_its_number(
+    tmp_path: Path, said: str, number: int
+) -> None:
+    def write(beside: Path) -> None:
+        raise SafetensorError(f"Error while serializing: {said}")
+
+    with pytest.raises(OSError, match=said.split(" (")[0]) as caught:
+        replace_file(tmp_path / "a", write)
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "a"))

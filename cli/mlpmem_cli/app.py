@@ -25,8 +25,10 @@ from mlpmem_cli.plan import plan
 from mlpmem_cli.questions import questions
 from mlpmem_cli.report import report
 from mlpmem_cli.train import train
+from mlpmem_cli.verify import verify
 from mlpmem_rag import __version__
 from mlpmem_rag.errors import MLPMemError
+from mlpmem_rag.failures import is_out_of_memory
 
 app = typer.Typer(
     name="mlpmem-rag",
@@ -41,6 +43,7 @@ app.command()(plan)
 app.command()(ask)
 app.command()(chat)
 app.command()(inspect)
+app.command()(verify)
 app.command()(questions)
 app.command()(export)
 app.command()(convert)
@@ -85,8 +88,10 @@ def main() -> None:
         # The reader of a pipe has gone: nothing to report, and nothing may be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except MemoryError as error:
-        fail(error, "out of memory; use a smaller --size or --neighbors, or a machine with more")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(error, "out of memory; end other programs, or use a machine with more")
     except OSError as error:
         fail(error, f"{error.strerror or error} ({error.filename or 'no file named'})")
 

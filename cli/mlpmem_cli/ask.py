@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlpmem_cli import options
+from mlpmem_rag.integrity import Verify
 
 if TYPE_CHECKING:
     from mlpmem_rag.generation import Answer
@@ -25,6 +26,7 @@ def ask(
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
     threshold: options.ThresholdOption = 0.0,
+    verify: options.VerifyOption = Verify.full,
     as_json: options.JsonOption = False,
 ) -> None:
     """Answer questions from a memory, without retrieval.
@@ -38,7 +40,13 @@ def ask(
 
     display.quiet_libraries()
     console = display.stderr()
-    model = MemoryModel.load(memory, base_model=base_model, device=device.value, dtype=dtype.value)
+    model = MemoryModel.load(
+        memory,
+        base_model=base_model,
+        device=device.value,
+        dtype=dtype.value,
+        verify=verify,
+    )
     for question in asked:
         if len(asked) > 1 and not as_json:
             console.print(question, style="bold", markup=False, highlight=False)

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mlpmem_cli import options
+from mlpmem_rag.integrity import Verify
 
 if TYPE_CHECKING:
     from mlpmem_rag.memory_model import MemoryModel
@@ -20,13 +21,20 @@ def chat(
     base_model: options.BasePlaceOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
+    verify: options.VerifyOption = Verify.full,
 ) -> None:
     """Talk with a memory. Piped stdin works too: one message a line."""
     from mlpmem_cli import display
     from mlpmem_rag import MemoryModel
 
     display.quiet_libraries()
-    model = MemoryModel.load(memory, base_model=base_model, device=device.value, dtype=dtype.value)
+    model = MemoryModel.load(
+        memory,
+        base_model=base_model,
+        device=device.value,
+        dtype=dtype.value,
+        verify=verify,
+    )
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  line editing and history for input()

@@ -152,6 +152,12 @@ def two_columns(title: str) -> Table:
     return table
 
 
+def plain(text: str) -> Text:
+    """Text from elsewhere as it is: no markup in it is followed, no command to the terminal."""
+    kept = (c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return Text("".join(kept))
+
+
 def plan_table(plan: Plan) -> Table:
     """What a run needs."""
     table = two_columns("Plan")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlpmem_cli import options
+from mlpmem_rag.integrity import Verify
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from mlpmem_rag.artifact import Manifest, MemorySettings
 
 
-def inspect(memory: options.MemoryArgument, as_json: options.JsonOption = False) -> None:
+def inspect(
+    memory: options.MemoryArgument,
+    verify: options.VerifyOption = Verify.full,
+    as_json: options.JsonOption = False,
+) -> None:
     """Show what a memory is, what it was made from, and what it measured; checks its files."""
     from mlpmem_cli import display
     from mlpmem_rag.artifact import WORK, load_manifest, load_settings, verify_files
     from mlpmem_rag.storage import folder_bytes
 
     manifest = load_manifest(memory)
-    verify_files(memory, manifest)
+    verify_files(memory, manifest, verify)
     settings = load_settings(memory)
     work = memory / WORK
     work_bytes = folder_bytes(work) if work.is_dir() else 0
@@ -35,30 +40,31 @@ def inspect(memory: options.MemoryArgument, as_json: options.JsonOption = False)
             )
         )
     else:
-        display.stdout().print(_table(manifest, settings, display.size(work_bytes)))
+        state = "intact" if verify is Verify.full else "there"
+        display.stdout().print(_table(manifest, settings, state, display.size(work_bytes)))
 
 
-def _table(manifest: Manifest, settings: MemorySettings, work_size: str) -> Table:
+def _table(manifest: Manifest, settings: MemorySettings, state: str, work_size: str) -> Table:
     from mlpmem_cli import display
 
     table = display.two_columns("Memory")
     revision = f" @ {settings.base.revision}" if settings.base.revision else ""
-    table.add_row("base model", settings.base.name + revision)
+    table.add_row("base model", display.plain(settings.base.name + revision))
     table.add_row("base fingerprint", settings.base.weights[:16])
     table.add_row("layer", str(settings.layer))
     table.add_row("shape", _flat(asdict(settings.memory)))
     table.add_row(
         "λ, temperature", f"{settings.memory_lambda:.3f}, {settings.memory_temperature:g}"
     )
-    table.add_row("query encoder", settings.encoder)
+    table.add_row("query encoder", display.plain(settings.encoder))
     table.add_row("gate, confidence", f"{_fitted(settings.gate)}, {_fitted(settings.confidence)}")
-    table.add_row("created", manifest.created)
-    table.add_row("corpus", _flat(manifest.corpus))
-    table.add_row("training", _flat(manifest.training))
-    table.add_row("figures", _flat(manifest.figures))
-    table.add_row("versions", _flat(manifest.versions))
+    table.add_row("created", display.plain(manifest.created))
+    table.add_row("corpus", display.plain(_flat(manifest.corpus)))
+    table.add_row("training", display.plain(_flat(manifest.training)))
+    table.add_row("figures", display.plain(_flat(manifest.figures)))
+    table.add_row("versions", display.plain(_flat(manifest.versions)))
     for name, entry in manifest.files.items():
-        table.add_row(name, f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}…, intact")
+        table.add_row(name, f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}…, {state}")
     table.add_row("work/ (may be deleted)", work_size)
     return table
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mlpmem_rag.integrity import Verify
+
 
 class Size(StrEnum):
     """How large the memory is in relation to the base model."""
@@ -103,5 +105,12 @@ ThresholdOption = Annotated[
     float,
     typer.Option(
         min=0.0, max=1.0, help="Confidence below which the answer is `not in my documents`."
+    ),
+]
+VerifyOption = Annotated[
+    Verify,
+    typer.Option(
+        "--verify",
+        help="Compare all checksums, or (fast) all sizes and the checksums of small files.",
     ),
 ]

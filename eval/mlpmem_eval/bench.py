@@ -43,7 +43,8 @@ from mlpmem_rag.artifact import WORK, Manifest, load_manifest
 from mlpmem_rag.corpus import read_corpus
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.heldout import Perplexities
-from mlpmem_rag.output import LOCK, output_folder
+from mlpmem_rag.lock import LOCK
+from mlpmem_rag.output import output_folder
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.storage import replace_file
 

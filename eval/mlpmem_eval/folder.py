@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mlpmem_eval.schema import REPORT
 from mlpmem_rag.artifact import WORK
-from mlpmem_rag.output import LOCK, output_folder
+from mlpmem_rag.lock import LOCK
+from mlpmem_rag.output import output_folder
 
 ROWS = "rows.jsonl"
 JUDGEMENTS = "judgements.jsonl"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mlpmem_rag.artifact import sha256
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.errors import MissingDependencyError
+from mlpmem_rag.integrity import sha256
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.questions import Question

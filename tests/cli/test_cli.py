@@ -18,7 +18,7 @@ import pytest
 
 from mlpmem_cli.app import DEBUG_VARIABLE, main
 from mlpmem_rag import MemoryModel, TrainReport, __version__, train
-from mlpmem_rag.artifact import MANIFEST, WEIGHTS, WORK, load_manifest
+from mlpmem_rag.artifact import CONFIG, MANIFEST, WEIGHTS, WORK, load_manifest
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.generation import Answer
 from mlpmem_rag.plan import Plan
@@ -27,7 +27,18 @@ ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--dtype", "float32")
 QUESTIONS = ["Who found wild honey?", "Why?", "What was sold for 42 crowns?"]
 ANSWER_KEYS = ["answer", "confidence", "seconds", "ttft_seconds", "prompt_tokens", "new_tokens"]
-COMMANDS = ("train", "plan", "ask", "chat", "inspect", "questions", "export", "convert", "lm-eval")
+COMMANDS = (
+    "train",
+    "plan",
+    "ask",
+    "chat",
+    "inspect",
+    "verify",
+    "questions",
+    "export",
+    "convert",
+    "lm-eval",
+)
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 
 
@@ -399,10 +410,45 @@ def test_a_damaged_memory_is_one_line(
         (folder / WEIGHTS).write_bytes((memory / WEIGHTS).read_bytes()[:-8])
     question = ["Who?"] if command == "ask" else []
     result = run(command, folder, *question)
-    said = "is not a memory" if damage == "missing" else "SHA-256"
+    said = "is not a memory" if damage == "missing" else "was changed or is damaged"
     assert said in result.error()
     assert str(folder) in result.error()
     assert (result.out, result.err.count("\n")) == ("", 1)
+
+
+def test_verify_says_what_is_intact_and_names_every_changed_file(
+    run: Run, memory: Path, tmp_path: Path
+) -> None:
+    result = run("verify", memory)
+    assert result.code == 0
+    assert "3 files and the memory's tensors are intact (full)" in " ".join(result.out.split())
+    damaged = Path(shutil.copytree(memory, tmp_path / "damaged"))
+    with (damaged / CONFIG).open("a") as file:
+        file.write(" ")
+    content = bytearray((damaged / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (damaged / WEIGHTS).write_bytes(content)
+    result = run("verify", damaged)
+    assert (result.code, result.out) == (1, "")
+    assert f"{damaged / CONFIG} was changed or is damaged: it has" in result.err
+    assert f"error: {damaged / WEIGHTS} was changed or is damaged: its SHA-256" in result.err
+    found = json.loads(run("verify", damaged, "--json", "--verify", "fast").out)
+    assert (found["intact"], found["verify"]) == (False, "fast")
+    assert len(found["problems"]) == 2
+    assert set(found["files"]) == {CONFIG, WEIGHTS, "README.md"}
+
+
+def test_a_strangers_manifest_says_nothing_to_the_terminal(
+    run: Run, memory: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(memory, tmp_path / "memory"))
+    said = json.loads((folder / MANIFEST).read_text())
+    evil = "[bold]\x1b]0;owned\x07[/no-such]"
+    (folder / MANIFEST).write_text(json.dumps({**said, "created": evil, "corpus": {"x": evil}}))
+    out = run("inspect", folder).out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert out.count("[bold]\N{REPLACEMENT CHARACTER}]0;owned") == 2
 
 
 def test_another_base_model_is_one_line(run: Run, memory: Path, bare_folder: Path) -> None:

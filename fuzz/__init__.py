@@ -1,0 +1,1 @@
+"""What strangers may write, tried with made-up bytes."""
