@@ -11,7 +11,8 @@ from benchmarks import roofline
 from benchmarks.figures import Figure, Goal
 from benchmarks.rounds import interleaved, median_ratio
 from benchmarks.setup import Setup
-from mlpmem_rag.neighbors import MAX_NEIGHBORS, find_neighbors, import_faiss
+from mlpmem_rag.index import import_faiss
+from mlpmem_rag.neighbors import MAX_NEIGHBORS, find_neighbors
 
 AT_LEAST = 0.95
 

@@ -62,11 +62,20 @@ class Datastore:
     def keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Keys of the given rows. *Shape:* (R,) -> (R, D)."""
         out = np.empty((len(rows), self.key_size), dtype=np.float32)
+        self._read(rows, out)
+        return out
+
+    def stored_keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Keys of the given rows as they are on the disk. *Shape:* (R,) -> (R, D)."""
+        out = np.empty((len(rows), self.key_size), dtype=np.float16)
+        self._read(rows, out)
+        return out
+
+    def _read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.floating]) -> None:
         shard_of = rows // SHARD_ROWS
         for number in np.unique(shard_of):
             here = shard_of == number
             out[here] = self.key_shards[number][rows[here] - number * SHARD_ROWS]
-        return out
 
     @classmethod
     def open(cls, folder: Path) -> Datastore:
