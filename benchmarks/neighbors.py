@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks import roofline
 from benchmarks.figures import Figure, Goal
@@ -27,7 +28,7 @@ def run(setup: Setup) -> list[Figure]:
     with tempfile.TemporaryDirectory(dir=setup.work) as folder:
 
         def stage() -> None:
-            find_neighbors(store, rows, Path(folder), k=k)
+            find_neighbors(store, rows, Path(folder), k=k, device=torch.device(setup.device))
 
         def knn() -> None:
             faiss.knn(keys, keys, k + 1)

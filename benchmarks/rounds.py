@@ -10,11 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from scipy.stats import quantile_test
 
 Work = Callable[[], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ def seconds(work: Work, device: str = "cpu") -> float:
     work()
     _wait(device)
     return time.perf_counter() - started
+
+
+def timed(work: Callable[[], T], device: str = "cpu") -> tuple[T, float]:
+    """What the call gives, and its seconds."""
+    found: list[T] = []
+    took = seconds(lambda: found.append(work()), device)
+    return found[0], took
 
 
 def interleaved(

@@ -13,11 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import MissingDependencyError
-from mlpmem_rag.nearest import smallest, squared_distances
+from mlpmem_rag.torch_index import TorchIndex
 
 FLAT_MAX_ROWS = 250_000
 MAX_CANDIDATES = 2048
@@ -25,6 +24,9 @@ MAX_CANDIDATES = 2048
 RERANK_FACTOR = 4
 """IVF-PQ proposes this many candidates for each neighbour kept."""
 CPU = torch.device("cpu")
+CPU_BLOCK = 1 << 16
+CUDA_BLOCK = 1 << 18
+"""Keys that are compared with at one time: enough to keep a GPU busy."""
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -80,13 +82,12 @@ def flat_index(
     datastore: Datastore, database: Rows, centre: Floats, device: torch.device = CPU
 ) -> Index:
     """An exact index over the given rows."""
-    faiss = import_faiss()
     index: Index
     if device.type == "cuda" and not faiss_has_gpu():
         index = TorchIndex(device)
     else:
-        index = on_gpu(faiss.IndexFlatL2(datastore.key_size))
-    for rows in stretches(database):
+        index = on_gpu(import_faiss().IndexFlatL2(datastore.key_size))
+    for rows in stretches(database, CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK):
         index.add(datastore.keys(rows) - centre)
     return index
 
@@ -124,33 +125,6 @@ def on_gpu(index: Any) -> Any:  # noqa: ANN401
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
 
 
-class TorchIndex:
-    """Exact search in torch, in float32: block by block, what is nearest so far goes on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._blocks: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, keys: Floats) -> None:
-        """Take more keys, a block. *Shape:* (R, D)."""
-        there = torch.from_numpy(keys).to(self._device)
-        self._blocks.append((there, there.square().sum(1)))
-
-    def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-        """As `Index` says."""
-        asked = torch.from_numpy(queries).to(self._device)
-        best = torch.full((len(asked), k), torch.inf, device=self._device)
-        found = torch.full((len(asked), k), -1, device=self._device)
-        first = 0
-        for keys, squares in self._blocks:
-            distances = squared_distances(asked, keys, squares)
-            values, places = smallest(distances, min(k, len(keys)))
-            best, order = torch.cat([best, values], 1).topk(k, largest=False)
-            found = torch.cat([found, places + first], 1).gather(1, order)
-            first += len(keys)
-        return best.cpu().numpy(), found.cpu().numpy()
-
-
 def rerank(
     datastore: Datastore, queries: npt.NDArray[np.float32], candidates: Rows
 ) -> tuple[Rows, npt.NDArray[np.float32]]:
@@ -167,7 +141,7 @@ def rerank(
     return np.take_along_axis(candidates, order, 1), np.take_along_axis(distances, order, 1)
 
 
-def stretches(rows: Rows, size: int = 65_536) -> Iterator[Rows]:
+def stretches(rows: Rows, size: int = CPU_BLOCK) -> Iterator[Rows]:
     """At most `size` rows at a time."""
     for first in range(0, len(rows), size):
         yield rows[first : first + size]

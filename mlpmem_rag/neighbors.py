@@ -25,6 +25,9 @@ from mlpmem_rag.storage import allocate_array
 
 MAX_NEIGHBORS = 1024
 QUERY_BATCH = 1024
+CUDA_QUERY_BATCH = 4096
+BYTES_ON_GPU = 6
+"""Of a number in a key: in half and in single precision."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ class FlatSearch:
         self._database = database
         self._centre = centre
         self._index = flat_index(datastore, database, centre, device)
+        self._batch = CUDA_QUERY_BATCH if device.type == "cuda" else QUERY_BATCH
 
     def groups(self) -> Iterator[Rows]:
         """Rows in their order."""
-        return stretches(np.arange(self._datastore.num_rows), QUERY_BATCH)
+        return stretches(np.arange(self._datastore.num_rows), self._batch)
 
     def search(self, rows: Rows, k: int) -> tuple[Rows, Floats]:
         """As `Search` says; -1 where there are fewer."""
@@ -85,7 +89,7 @@ def find_neighbors(
     folder: Path,
     *,
     k: int = MAX_NEIGHBORS,
-    flat_max_rows: int = FLAT_MAX_ROWS,
+    flat_max_rows: int | None = None,
     device: torch.device = CPU,
     on_progress: OnProgress = ignore_progress,
 ) -> Neighbors:
@@ -96,7 +100,7 @@ def find_neighbors(
         database: rows that may be neighbours, sorted.
         folder: gets `ids.npy` and `distances.npy`.
         k: number of neighbours, at most 1024 and at most the rows there are besides oneself.
-        flat_max_rows: database size up to which the search is exact.
+        flat_max_rows: database size up to which the search is exact; None: `exact_rows`.
         device: where to compute.
         on_progress: called after each group of rows.
 
@@ -115,7 +119,7 @@ def find_neighbors(
     centre = key_centre(datastore, database)
     search: Search = (
         FlatSearch(datastore, database, centre, device)
-        if len(database) <= flat_max_rows
+        if len(database) <= (flat_max_rows or exact_rows(datastore.key_size, device))
         else CellSearch(datastore, database, centre, device, folder)
     )
     done = 0
@@ -129,6 +133,17 @@ def find_neighbors(
     distances.flush()
     (folder / SCRATCH).unlink(missing_ok=True)
     return Neighbors.open(folder)
+
+
+def exact_rows(width: int, device: torch.device) -> int:
+    """Size of a database up to which every row is compared with all of it.
+
+    On a CPU a day's work begins not far beyond; a GPU does as many as fit into half of it.
+    """
+    if device.type != "cuda":
+        return FLAT_MAX_ROWS
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(FLAT_MAX_ROWS, free // 2 // (BYTES_ON_GPU * width))
 
 
 def drop_self(
