@@ -171,7 +171,7 @@ def _speed(setup: Setup, config: MemoryConfig, folder: Path, rows: int) -> Figur
 
 
 def _memory(setup: Setup, config: MemoryConfig, folder: Path, rows: int) -> Figure:
-    peaks = {arm: _in_own_process(arm, setup, config, folder, rows) for arm in ARMS}
+    peaks = {arm: in_own_process(arm, setup, config, folder, rows) for arm in ARMS}
     share = peaks["ours"] / peaks["released"]
     return Figure(
         f"peak memory of distillation, {rows:,} rows a step",
@@ -184,7 +184,7 @@ def _memory(setup: Setup, config: MemoryConfig, folder: Path, rows: int) -> Figu
     )
 
 
-def _in_own_process(arm: str, setup: Setup, config: MemoryConfig, folder: Path, rows: int) -> float:
+def in_own_process(arm: str, setup: Setup, config: MemoryConfig, folder: Path, rows: int) -> float:
     given = [arm, str(folder), setup.device, str(rows), json.dumps(asdict(config))]
     command = [sys.executable, "-m", "benchmarks.distillation", *given]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -28,8 +28,7 @@ def run(setup: Setup) -> list[Figure]:
     store = random_store(setup.search_rows, WIDTH)
     device = torch.device(setup.device)
     search = FlatSearch(store, np.arange(store.num_rows), np.zeros(WIDTH, dtype=np.float32), device)
-    size = machine.MATRIX * (4 if device.type == "cuda" else 1)
-    rate = machine.product_rate(torch.float16, setup.device, size)
+    rate = machine.product_rate(torch.float16, setup.device)
     return [searched(search, store, k, rate, setup.device) for k in NEIGHBORS]
 
 

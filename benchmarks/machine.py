@@ -37,13 +37,12 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + count
 
 
-def ceilings(device: str, folder: Path | None = None, *, size: int = MATRIX) -> Ceilings:
+def ceilings(device: str, folder: Path | None = None) -> Ceilings:
     """Measured, the best of some runs: what other load takes away is not the machine's."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    size = size * (4 if kind == "cuda" else 1)
     return Ceilings(
         flops={
-            str(dtype).removeprefix("torch."): product_rate(dtype, device, size)
+            str(dtype).removeprefix("torch."): product_rate(dtype, device)
             for dtype in FORMATS[kind]
         },
         bytes_per_second=copy_rate(device),
@@ -51,25 +50,26 @@ def ceilings(device: str, folder: Path | None = None, *, size: int = MATRIX) -> 
     )
 
 
-def product_rate(dtype: torch.dtype, device: str, size: int) -> float:
+def product_rate(dtype: torch.dtype, device: str) -> float:
     """Operations a second of a square product, as torch does it for users of this library."""
+    size = MATRIX * (4 if device.startswith("cuda") else 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     best = min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(RUNS))
     return 2 * size**3 / best
 
 
-def copy_rate(device: str, size: int = COPIED) -> float:
+def copy_rate(device: str) -> float:
     """Bytes a second that a copy reads and writes together."""
-    source = torch.ones(size // 4, device=device)
+    source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     best = min(seconds(lambda: target.copy_(source), device) for _ in range(RUNS))
-    return 2 * size / best
+    return 2 * COPIED / best
 
 
-def disk_rate(folder: Path | None, size: int = WRITTEN) -> float:
+def disk_rate(folder: Path | None) -> float:
     """Bytes a second to a file, until they are on the disk."""
-    block = os.urandom(size)
+    block = os.urandom(WRITTEN)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
 
         def write() -> None:
@@ -78,7 +78,7 @@ def disk_rate(folder: Path | None, size: int = WRITTEN) -> float:
             file.flush()
             os.fsync(file.fileno())
 
-        return size / min(seconds(write) for _ in range(3))
+        return WRITTEN / min(seconds(write) for _ in range(3))
 
 
 def held_bytes(device: str) -> int:
