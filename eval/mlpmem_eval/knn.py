@@ -17,8 +17,7 @@ from torch import Tensor
 from mlpmem_rag.artifact import WORK, Manifest
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.memory import Memory
-from mlpmem_rag.neighbors import (
+from mlpmem_rag.index import (
     FLAT_MAX_ROWS,
     MAX_CANDIDATES,
     RERANK_FACTOR,
@@ -28,6 +27,7 @@ from mlpmem_rag.neighbors import (
     key_centre,
     rerank,
 )
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.targets import neighbor_weights
 
 Floats = npt.NDArray[np.float32]
@@ -56,7 +56,7 @@ class NeighborMemory(torch.nn.Module):
         self._centre = key_centre(datastore, rows)
         self._exact = len(rows) <= FLAT_MAX_ROWS
         make = flat_index if self._exact else ivfpq_index
-        self._index = make(datastore, rows, self._centre)
+        self._index: Any = make(datastore, rows, self._centre)
         self._datastore = datastore
         self.tau, self.k = tau, min(k, len(rows))
         self._columns = _columns(memory, datastore.next_tokens)
