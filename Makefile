@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-transformers test-lm-eval fuzz coverage lint format wheel clean
+.PHONY: help setup demo bench test test-slow test-transformers test-lm-eval fuzz coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
@@ -26,6 +26,10 @@ setup: .venv/.ready ## create .venv with everything that the other targets use
 
 demo: setup ## train on the sample corpus, then ask it questions
 	bash examples/demo.sh
+
+bench: setup ## measure the speed of every stage (ten minutes), fill docs/performance.md
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --page
 
 test: setup ## run the tests on tiny models
 	$(BIN)/pytest

@@ -1,7 +1,5 @@
 """Peak memory of answering: base model and memory beside the bare base model.
 
-    python -m benchmarks.inference_memory MEMORY [--prompt 256] [--steps 64] [--runs 3]
-
 Each arm loads and generates in a process of its own, since a process never gives back its peak:
 
     base    the base model by transformers alone
@@ -20,16 +18,21 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.figures import Figure, Goal
+from benchmarks.rounds import Ratio
+from benchmarks.setup import Setup
 from mlpmem_eval.meters import metered
+from mlpmem_rag.artifact import load_settings
+from mlpmem_rag.embedded import embedded_model_path
 
 ARMS = ("base", "vector", "text")
 ALLOWED = 1.1
+RUNS = 3
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -88,42 +91,44 @@ def in_own_process(arm: str, arguments: list[str]) -> dict[str, int]:
     return found
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    from mlpmem_rag.artifact import load_settings
-    from mlpmem_rag.embedded import embedded_model_path
-    from mlpmem_rag.hardware import dtype_name, resolve_device, resolve_dtype
-
-    base = load_settings(Path(options.memory)).base.name
-    dtype = dtype_name(resolve_dtype(options.dtype, resolve_device(options.device)))
-    arguments = [options.memory, "--base", str(embedded_model_path(base) or base)]
-    arguments += ["--dtype", dtype, "--device", options.device]
-    arguments += ["--prompt", str(options.prompt), "--steps", str(options.steps)]
-    runs = {arm: [in_own_process(arm, arguments) for _ in range(options.runs)] for arm in ARMS}
+def run(setup: Setup) -> list[Figure]:
+    """Both arms with a memory beside what the base's peak and the added weights allow."""
+    memory = setup.memory_folder
+    base = load_settings(memory).base.name
+    arguments = [str(memory), "--base", str(embedded_model_path(base) or base)]
+    arguments += ["--dtype", setup.dtype, "--device", setup.device]
+    runs = {arm: [in_own_process(arm, arguments) for _ in range(RUNS)] for arm in ARMS}
     peaks = {arm: statistics.median(run["peak"] for run in found) for arm, found in runs.items()}
-    figures = {}
-    for arm, found in runs.items():
-        whole = peaks["base"] + found[0]["added"]
-        figures[arm] = {
-            "peak_mib": peaks[arm] / 2**20,
-            "added_weights_mib": found[0]["added"] / 2**20,
-            "ratio": peaks[arm] / whole,
-            "reached": peaks[arm] <= ALLOWED * whole,
-        }
-    return {"base": base, "dtype": dtype, "device": options.device, "figures": figures}
+    return [
+        Figure(
+            f"peak memory of answering, {given} given",
+            "MiB",
+            peaks[arm] / 2**20,
+            "the base model's peak and the added weights",
+            (whole := peaks["base"] + runs[arm][0]["added"]) / 2**20,
+            Ratio(
+                peaks[arm] / whole,
+                min(run["peak"] for run in runs[arm]) / whole,
+                max(run["peak"] for run in runs[arm]) / whole,
+            ),
+            Goal(at_most=ALLOWED),
+            details={"added_weights_mib": runs[arm][0]["added"] / 2**20},
+        )
+        for arm, given in (("vector", "query vector"), ("text", "question"))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """One arm, for the process that measures all."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("memory")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    print(json.dumps(run_arm(options) if options.arm else measured(options)))
+    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--base", required=True)
+    print(json.dumps(run_arm(parser.parse_args())))
 
 
 if __name__ == "__main__":

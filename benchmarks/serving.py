@@ -1,6 +1,4 @@
-"""Many requests at once on one memory, and how soon a stream begins beside RAG's.
-
-    python -m benchmarks.serving MEMORY CORPUS QUESTIONS [--requests 32] [--rounds 8]
+"""Many requests at once on one memory, and how soon a stream begins and ends beside RAG's.
 
 Each round asks the same questions one by one, all at once from asyncio, and from eight threads, in
 turns of order; the answers have to be the same. The event loop's longest wait is that of a timer of
@@ -15,31 +13,32 @@ from __future__ import annotations
 
 import asyncio
 import json
-import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import typer
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 
+from benchmarks import rounds as timing
+from benchmarks.figures import Figure, Goal
+from benchmarks.setup import Setup
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from mlpmem_eval.embedding import EncoderEmbedding
 from mlpmem_eval.rag import native_engine, native_index
 from mlpmem_eval.workbench import sentence_encoder
-from mlpmem_rag.corpus import read_corpus
-from mlpmem_rag.hardware import dtype_name
 
 THREADS = 8
+REQUESTS = 16
+ROUNDS = 3
+MAX_NEW_TOKENS = 24
+FIRST_TOKEN = Goal(at_least=5.0)
+WHOLE_ANSWER = Goal(at_least=4.0)
 TICK = 0.001
 Floats = npt.NDArray[np.float64]
 
@@ -158,31 +157,36 @@ def throughput(engine: BaseQueryEngine, questions: Sequence[str], rounds: int) -
     }
 
 
-def first_token(engine: BaseQueryEngine, question: str) -> float:
-    """Seconds from the question to the first piece of a streamed answer."""
+def first_token(engine: BaseQueryEngine, question: str) -> tuple[float, float]:
+    """Seconds from the question to the first piece of a streamed answer, and to its end."""
     started = time.perf_counter()
     response: Any = engine.query(question)
-    pieces = response.response_gen
+    pieces = iter(response.response_gen)
     next((piece for piece in pieces if piece), "")
-    took = time.perf_counter() - started
-    pieces.close()
-    return took
+    first = time.perf_counter() - started
+    for _ in pieces:
+        pass
+    return first, time.perf_counter() - started
 
 
 def streams(
     memory: BaseQueryEngine, rag: BaseQueryEngine, questions: Sequence[str]
 ) -> dict[str, Any]:
-    """Time to first token of both, question by question in turns of order."""
+    """Time to the first token and to the end, of both, question by question in turns of order."""
     engines = {"memory": memory, "rag": rag}
     for engine in engines.values():  # warm-up
         first_token(engine, questions[0])
-    took: dict[str, list[float]] = {name: [] for name in engines}
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for number, question in enumerate(questions):
         for name in list(engines)[:: 1 if number % 2 else -1]:
             took[name].append(first_token(engines[name], question))
+    columns = {name: np.array(seconds).T for name, seconds in took.items()}
     return {
-        "median_ms": {name: 1e3 * float(np.median(seconds)) for name, seconds in took.items()},
-        "rag_over_memory": asdict(ratio(np.array(took["rag"]), np.array(took["memory"]))),
+        reached: {
+            "median_ms": {name: 1e3 * float(np.median(columns[name][n])) for name in engines},
+            "rag_over_memory": asdict(ratio(columns["rag"][n], columns["memory"][n])),
+        }
+        for n, reached in enumerate(("first_token", "whole_answer"))
     }
 
 
@@ -200,40 +204,43 @@ def measured(
     whole = index.as_query_engine(attribution="none")
     stream = index.as_query_engine(attribution="none", streaming=True)
     return {
-        "first_token": streams(stream, rag, questions),
+        **streams(stream, rag, questions),
         "throughput": throughput(whole, questions, rounds),
     }
 
 
-def main(
-    memory: Path,
-    corpus: Path,
-    questions: Path,
-    requests: int = 32,
-    rounds: int = 8,
-    max_new_tokens: int = 24,
-    device: str = "auto",
-) -> None:
-    index = MLPMemIndex.from_memory(memory, device=device, max_new_tokens=max_new_tokens)
-    lines = questions.read_text(encoding="utf-8").splitlines()
-    asked = [json.loads(line)["question"] for line in lines][:requests]
-    model = index.llm.model
-    embedding = EncoderEmbedding(sentence_encoder(model))
-    with tempfile.TemporaryDirectory() as folder:
-        native = native_index(read_corpus(corpus).documents, embedding, Path(folder))
-    base = index.as_llm(lambda_=0.0, max_new_tokens=max_new_tokens)
-    found = measured(index, native_engine(native.index, base), asked, rounds)
-    about = {
-        "requests": len(asked),
-        "rounds": rounds,
-        "max_new_tokens": max_new_tokens,
-        "dtype": dtype_name(model.model.dtype),
-        "device": str(model.model.device),
-        "torch_threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-    }
-    print(json.dumps({**about, **found}, indent=1))
+def run(setup: Setup) -> list[Figure]:
+    """How soon and how fast, beside RAG; many at once beside one by one."""
+    index = MLPMemIndex.from_memory(
+        setup.memory_folder, device=setup.device, max_new_tokens=MAX_NEW_TOKENS
+    )
+    embedding = EncoderEmbedding(sentence_encoder(index.llm.model))
+    native = native_index(setup.documents.documents, embedding, setup.work / "index")
+    base = index.as_llm(lambda_=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    asked = setup.asked[:REQUESTS]
+    found = measured(index, native_engine(native.index, base), asked, ROUNDS)
+    served = found["throughput"]
+    return [
+        _against_rag("time to the first token", found["first_token"], FIRST_TOKEN),
+        _against_rag("time to the whole answer", found["whole_answer"], WHOLE_ANSWER),
+        *(_at_once(way, served) for way in ("asyncio", "threads")),
+    ]
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _against_rag(what: str, found: dict[str, Any], goal: Goal) -> Figure:
+    took = found["median_ms"]
+    times = timing.Ratio(*found["rag_over_memory"].values())
+    return Figure(what, "ms", took["memory"], "RAG", took["rag"], times, goal)
+
+
+def _at_once(way: str, served: dict[str, Any]) -> Figure:
+    rates = served["requests_a_second"]
+    return Figure(
+        f"{REQUESTS} requests at once, {way}",
+        "requests/s",
+        rates[way],
+        "one by one",
+        rates["one by one"],
+        timing.Ratio(*served["faster_than_one_by_one"][way].values()),
+        details={f"loop_{name}": value for name, value in served["loop_ms"].items()},
+    )

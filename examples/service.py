@@ -4,8 +4,8 @@ python examples/service.py demo/memory
 curl localhost:8000/answer --json '{"question": "Which constellation is Vega in?"}'
 curl -N localhost:8000/stream --json '{"question": "Which constellation is Vega in?"}'
 
-Any number of clients may ask at once: requests wait for their turn on the one model, the event
-loop never does, and a client who hangs up frees it.
+Any number of clients may ask at once: requests wait for their turn on the one model, those that
+wait are generated together, the event loop never waits, and a client who hangs up frees the model.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ async def query(engine: Any, asked: Question) -> Any:  # noqa: ANN401
         raise HTTPException(422, str(error)) from error
 
 
-def main(memory: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
-    uvicorn.run(service(MLPMemIndex.from_memory(memory)), host=host, port=port)
+def main(memory: Path, host: str = "127.0.0.1", port: int = 8000, batch_size: int = 8) -> None:
+    index = MLPMemIndex.from_memory(memory, batch_size=batch_size)
+    uvicorn.run(service(index), host=host, port=port)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from mlpmem_rag.windows import Window
 
 SHARD_ROWS = 1 << 18
 BATCH_TOKENS = 4096
+MAX_PADDING = 1 / 16
+"""Share of a batch."""
 STATE = "datastore.json"
 
 
@@ -59,11 +62,20 @@ class Datastore:
     def keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Keys of the given rows. *Shape:* (R,) -> (R, D)."""
         out = np.empty((len(rows), self.key_size), dtype=np.float32)
+        self._read(rows, out)
+        return out
+
+    def stored_keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Keys of the given rows as they are on the disk. *Shape:* (R,) -> (R, D)."""
+        out = np.empty((len(rows), self.key_size), dtype=np.float16)
+        self._read(rows, out)
+        return out
+
+    def _read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.floating]) -> None:
         shard_of = rows // SHARD_ROWS
         for number in np.unique(shard_of):
             here = shard_of == number
             out[here] = self.key_shards[number][rows[here] - number * SHARD_ROWS]
-        return out
 
     @classmethod
     def open(cls, folder: Path) -> Datastore:
@@ -118,21 +130,65 @@ def build_datastore(
     shards = [np.load(path, mmap_mode="r+") for path in _shard_paths(folder, rows)]
     done_rows = sum(windows[w].num_rows for b in batches[: state["batches_done"]] for w in b)
     on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
-    for number in range(state["batches_done"], len(batches)):
-        batch = batches[number]
-        token_ids, mask = pad([windows[w] for w in batch], backbone.device)
-        hidden = backbone.hidden(token_ids, mask)
-        for line, w in enumerate(batch):
-            window = windows[w]
-            last = len(window.token_ids) - 1  # its hidden state predicts nothing stored here
-            keys = to_float16(hidden[line, window.context - 1 : last])
-            _write_rows(shards, int(first_rows[w]), keys)
-            done_rows += window.num_rows
+    todo = batches[state["batches_done"] :]
+    written = write_keys(backbone, windows, todo, first_rows, shards)
+    for number, batch in enumerate(written, start=state["batches_done"]):
+        done_rows += sum(windows[w].num_rows for w in batch)
         if number % 32 == 31:
             _write_state(folder, {**state, "batches_done": number + 1}, shards)
         on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
     _write_state(folder, {**state, "batches_done": len(batches)}, shards)
     return Datastore.open(folder)
+
+
+def write_keys(
+    backbone: Backbone,
+    windows: Sequence[Window],
+    batches: Iterable[list[int]],
+    first_rows: npt.NDArray[np.int64],
+    shards: Sequence[npt.NDArray[np.float16]],
+) -> Iterator[list[int]]:
+    """Compute the keys of each batch and put them in their place; yields the batches written.
+
+    A thread converts and writes one batch while the base model runs on the next.
+
+    Raises:
+        BaseModelError: a hidden state does not fit into float16.
+    """
+
+    def write(batch: list[int], hidden: Callable[[], Tensor]) -> list[int]:
+        for w, states in zip(batch, hidden(), strict=True):
+            last = len(windows[w].token_ids) - 1  # its hidden state predicts nothing stored here
+            keys = to_float16(states[windows[w].context - 1 : last])
+            _write_rows(shards, int(first_rows[w]), keys)
+        return batch
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        writing: Future[list[int]] | None = None
+        for batch in batches:
+            hidden = backbone.hidden(*pad([windows[w] for w in batch], backbone.device))
+            arriving = on_host(hidden)
+            if writing is not None:
+                yield writing.result()
+            writing = thread.submit(write, batch, arriving)
+        if writing is not None:
+            yield writing.result()
+
+
+def on_host(states: Tensor) -> Callable[[], Tensor]:
+    """Queue a copy to main memory; the function returned waits for it and gives it."""
+    if states.device.type != "cuda":
+        return lambda: states
+    copy = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+    copy.copy_(states, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return arrived
 
 
 def _fingerprint(backbone: Backbone, windows: Sequence[Window]) -> str:
@@ -149,15 +205,21 @@ def _fingerprint(backbone: Backbone, windows: Sequence[Window]) -> str:
 def length_buckets(
     windows: Sequence[Window], max_tokens: int = BATCH_TOKENS
 ) -> Iterator[list[int]]:
-    """Indices of windows of like length, each batch at most `max_tokens` with its padding."""
-    order = sorted(range(len(windows)), key=lambda w: len(windows[w].token_ids), reverse=True)
+    """Indices of windows of like length, longest first.
+
+    A batch has at most `max_tokens` with its padding, and no more padding than `MAX_PADDING`.
+    """
+    lengths = [len(window.token_ids) for window in windows]
     batch: list[int] = []
-    for w in order:
-        longest = len(windows[batch[0] if batch else w].token_ids)
-        if batch and longest * (len(batch) + 1) > max_tokens:
+    filled = 0
+    for w in sorted(range(len(windows)), key=lengths.__getitem__, reverse=True):
+        room = lengths[batch[0] if batch else w] * (len(batch) + 1)
+        padding = room - filled - lengths[w]
+        if batch and (room > max_tokens or padding > MAX_PADDING * room):
             yield batch
-            batch = []
+            batch, filled = [], 0
         batch.append(w)
+        filled += lengths[w]
     if batch:
         yield batch
 

@@ -33,6 +33,9 @@ class Decoding:
         seed: of the draws; None: another one each time.
         logits_processors: change the mixture before a token is chosen (a grammar, say). One with
             a state belongs to one generation.
+        batch_size: requests that wait with these same settings and are greedy are generated
+            together, so many at most. All are ready sooner; in bfloat16, where computing in a
+            batch changes the last bits, an unsure answer can come out otherwise than alone.
     """
 
     max_new_tokens: int = 128
@@ -42,6 +45,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -57,8 +61,15 @@ class Decoding:
             raise ConfigError(f"temperature = {self.temperature}: allowed are 0 (greedy) and above")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p = {self.top_p}: allowed are values above 0, up to 1")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size = {self.batch_size}: allowed is 1 or more")
         if not all(self.stop):
             raise ConfigError("an empty stop string would end every text at once; leave it out")
+
+    @property
+    def shareable(self) -> bool:
+        """Whether requests with these settings can be generated together."""
+        return self.batch_size > 1 and self.temperature == 0.0 and not self.logits_processors
 
     def choosers(self) -> LogitsProcessorList:
         """What is done to the mixture so that its largest entry is the token to take."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlpmem_rag.neighbors import import_faiss
+from mlpmem_rag.index import import_faiss
 from mlpmem_rag.query import Vectors
 
 QUESTIONS_EACH = 4

@@ -1,10 +1,9 @@
-"""One text as it is generated: token by token, with what is known of it so far."""
+"""Texts as they are generated: token by token, with what is known of each so far."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,11 @@ from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.openings import Openings
 from mlpmem_rag.pieces import TextPieces
+from mlpmem_rag.prompts import Prompt, left_padded
 from mlpmem_rag.query import QueryEncoder
+from mlpmem_rag.turns import Listener, Task
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,18 @@ class Parts:
         tokenizer: of the base model.
         encoder: makes the query vector; None: the memory sees none.
         confidence: how sure an answer is; None: this memory cannot tell.
+        openings: beginnings of prompts that the base model has read before.
     """
 
     model: MLPMemForCausalLM
     tokenizer: PreTrainedTokenizerBase
     encoder: QueryEncoder | None
     confidence: Confidence | None
+    openings: Openings
 
-    def query_vector(self, asked: str) -> Tensor | None:
-        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""
-        return None if self.encoder is None else torch.from_numpy(self.encoder.encode([asked]))
+    def query_vectors(self, asked: Sequence[str]) -> Tensor | None:
+        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (B, Q)."""
+        return None if self.encoder is None else torch.from_numpy(self.encoder.encode(asked))
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Generation:
 
     Args:
         parts: gives what it is generated with, when its turn has come.
-        prompt: gives the tokens that the model reads.
+        prompt: gives what the model reads.
         asked: what the memory is asked, as a text.
         decoding: how tokens are chosen.
         room: most tokens of the prompt.
@@ -90,7 +94,7 @@ class Generation:
     def __init__(
         self,
         parts: Callable[[], Parts],
-        prompt: Callable[[], list[int]],
+        prompt: Callable[[], Prompt],
         asked: str,
         decoding: Decoding,
         *,
@@ -98,73 +102,67 @@ class Generation:
         strip: bool,
         question: bool,
     ) -> None:
+        self.asked = asked
+        self.decoding = decoding
         self._parts = parts
         self._prompt = prompt
-        self._asked = asked
-        self._decoding = decoding
         self._room = room
         self._strip = strip
         self._question = question
         self._recorder = Recorder()
+        self._line = 0
         self._started = time.perf_counter()
         self._prompt_tokens = 0
         self._cut_tokens = 0
         self._times: list[float] = []
         self._ended = False
 
-    def run(self, give: Callable[[str], None], stop: threading.Event) -> None:
-        """Generate; called once, in the model's own thread."""
+    @property
+    def task(self) -> Task[Generation]:
+        """This generation in its turn, with others of the same settings where these allow it."""
+        decoding = self.decoding
+        kind = decoding if decoding.shareable else None
+        return Task(generate_together, self, kind, decoding.batch_size)
+
+    def begin(self) -> tuple[Parts, Prompt]:
+        """What it is generated with, and the part of its prompt that there is room for."""
         parts = self._parts()
         self._parts = lambda: parts  # the same to the end, whatever becomes of the memory
-        tokenizer = parts.tokenizer
         prompt = self._prompt()
-        token_ids = prompt[-self._room :]  # a question stands at the end: the oldest part goes
-        self._prompt_tokens = len(token_ids)
-        self._cut_tokens = len(prompt) - len(token_ids)
-        config = self._config(parts)
-        eos = set(config.eos_token_id or ())
+        # A question stands at the end: where there is no room, the oldest part goes.
+        self._prompt_tokens = min(len(prompt.token_ids), self._room)
+        self._cut_tokens = len(prompt.token_ids) - self._prompt_tokens
+        if self._cut_tokens:
+            prompt = Prompt(prompt.token_ids[-self._room :])
+        return parts, prompt
+
+    def writer(
+        self, listener: Listener, recorder: Recorder, line: int, eos: Set[int]
+    ) -> Callable[[int], bool]:
+        """Takes each token, as line `line` of a batch, and says whether it was the last one."""
+        self._recorder, self._line = recorder, line
+        tokenizer = self._parts().tokenizer
         text = TextPieces(
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            self._decoding.stop,
+            self.decoding.stop,
             strip=self._strip,
         )
 
         def take(token: int) -> bool:
             self._times.append(time.perf_counter() - self._started)
-            give(text.add(token))
+            listener.give(text.add(token))
             self._ended = text.stopped or token in eos
-            return text.stopped or stop.is_set()
+            full = len(self._times) == self.decoding.max_new_tokens
+            if over := self._ended or full or listener.stop.is_set():
+                listener.give(text.end())
+                listener.end()
+            return over
 
-        self._generate(parts, token_ids, config, take)
-        give(text.end())
-
-    @torch.inference_mode()
-    def _generate(
-        self,
-        parts: Parts,
-        token_ids: list[int],
-        config: GenerationConfig,
-        take: Callable[[int], bool],
-    ) -> None:
-        model: Any = parts.model  # generate() is annotated for other classes
-        lambda_ = self._decoding.lambda_
-        prompt = torch.tensor([token_ids], device=model.device)
-        query = None if lambda_ == 0 else parts.query_vector(self._asked)
-        if query is not None:
-            self._recorder = Recorder(model.memory.familiarity(query))
-        model.generate(
-            inputs=prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_EachToken(take)]),
-            logits_processor=LogitsProcessorList([self._recorder, *self._decoding.choosers()]),
-            memory_lambda=lambda_,
-            query_vector=query,
-        )
+        return take
 
     def answer(self, text: str) -> Answer:
         """What was said so far, with its figures."""
-        times, lambda_ = self._times, self._decoding.lambda_
+        times, lambda_ = self._times, self.decoding.lambda_
         return Answer(
             text=text,
             seconds=times[-1] if times else 0.0,
@@ -179,32 +177,75 @@ class Generation:
 
     def _confidence(self, new_tokens: int) -> float | None:
         """Fitted on greedy answers to questions; of other texts it knows nothing."""
-        confidence, decoding = self._parts().confidence, self._decoding
+        confidence, decoding = self._parts().confidence, self.decoding
         if confidence is None or not self._question or decoding.lambda_ == 0:
             return None
         if decoding.temperature > 0 or decoding.logits_processors:
             return None
-        return confidence.of(self._recorder.trace(0, new_tokens))
+        return confidence.of(self._recorder.trace(self._line, new_tokens))
 
-    def _config(self, parts: Parts) -> GenerationConfig:
-        """The model's and the tokenizer's end marks, and stop strings that are one token."""
-        tokenizer, decoding = parts.tokenizer, self._decoding
-        config = generation_config(parts.model, tokenizer, decoding.max_new_tokens)
-        config.stop_strings = None  # found in the text, see TextPieces
-        # These are not in the text: decoding leaves special tokens out.
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        marks = {special[stop] for stop in decoding.stop if stop in special}
-        if marks:
-            config.eos_token_id = sorted({*(config.eos_token_id or ()), *marks})
-        return config
+
+@torch.inference_mode()
+def generate_together(generations: Sequence[Generation], listeners: Sequence[Listener]) -> None:
+    """Generate texts with the same settings as one batch; each is given out as it comes."""
+    begun = [generation.begin() for generation in generations]
+    parts, decoding = begun[0][0], generations[0].decoding
+    model: Any = parts.model  # generate() is annotated for other classes
+    mixes = (model.memory_lambda if decoding.lambda_ is None else decoding.lambda_) > 0
+    query = parts.query_vectors([g.asked for g in generations]) if mixes else None
+    recorder = Recorder(None if query is None else model.memory.familiarity(query))
+    config = _config(parts, decoding)
+    eos = set(config.eos_token_id or ())
+    writers = [
+        generation.writer(listener, recorder, line, eos)
+        for line, (generation, listener) in enumerate(zip(generations, listeners, strict=True))
+    ]
+    prompts = [prompt for _, prompt in begun]
+    # The base model alone reads all at once: in pieces its last bits would be others.
+    opening = _shared_opening(prompts) if mixes else []
+    token_ids, mask = left_padded(
+        [prompt.token_ids[len(opening) :] for prompt in prompts], config.pad_token_id
+    )
+    before = torch.tensor([opening] * len(prompts), dtype=torch.long)
+    model.generate(
+        inputs=torch.cat([before, token_ids], dim=1).to(model.device),
+        attention_mask=torch.cat([torch.ones_like(before), mask], dim=1).to(model.device),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([_EachToken(writers)]),
+        logits_processor=LogitsProcessorList([recorder, *decoding.choosers()]),
+        memory_lambda=decoding.lambda_,
+        query_vector=query,
+        past_key_values=parts.openings.cache(opening, len(prompts)),
+    )
+
+
+def _shared_opening(prompts: Sequence[Prompt]) -> list[int]:
+    openings = {tuple(prompt.token_ids[: prompt.opening]) for prompt in prompts}
+    return list(openings.pop()) if len(openings) == 1 else []
+
+
+def _config(parts: Parts, decoding: Decoding) -> GenerationConfig:
+    """The model's and the tokenizer's end marks, and stop strings that are one token."""
+    tokenizer = parts.tokenizer
+    config = generation_config(parts.model, tokenizer, decoding.max_new_tokens)
+    config.stop_strings = None  # found in the text, see TextPieces
+    # These are not in the text: decoding leaves special tokens out.
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    marks = {special[stop] for stop in decoding.stop if stop in special}
+    if marks:
+        config.eos_token_id = sorted({*(config.eos_token_id or ()), *marks})
+    return config
 
 
 class _EachToken(StoppingCriteria):
-    """Sees every token as soon as it is chosen, and says whether it was the last one."""
+    """Has every token written as soon as it is chosen, until its line is over."""
 
-    def __init__(self, take: Callable[[int], bool]) -> None:
-        self._take = take
+    def __init__(self, writers: Sequence[Callable[[int], bool]]) -> None:
+        self._writers = writers
+        self._over = [False] * len(writers)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ANN401
-        over = self._take(int(input_ids[0, -1]))
-        return torch.full((len(input_ids),), over, device=input_ids.device)
+        tokens = input_ids[:, -1].tolist()
+        for line, (write, token) in enumerate(zip(self._writers, tokens, strict=True)):
+            self._over[line] = self._over[line] or write(token)
+        return torch.tensor(self._over, device=input_ids.device)

@@ -20,20 +20,23 @@ from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.generation import Answer, Generation, Parts
 from mlpmem_rag.integrity import Verify
 from mlpmem_rag.model import MLPMemForCausalLM, load_model
+from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import (
     STOP_STRING,
     Message,
+    Prompt,
     answer_ids,
     asked_text,
     chats,
     check_asked,
+    conversation,
     prompt_ids,
     text_ids,
 )
 from mlpmem_rag.provenance import Origin, Provenance
 from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
-from mlpmem_rag.turns import Turns
+from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
 
@@ -53,7 +56,7 @@ class AnswerStream:
     def __iter__(self) -> Generator[str, None, None]:
         """Yield pieces as they are generated."""
         if self._first_time():
-            with closing(self._turns.pieces(self._generation.run)) as pieces:
+            with closing(self._turns.pieces(self._generation.task)) as pieces:
                 for piece in pieces:
                     self._text.append(piece)
                     yield piece
@@ -61,7 +64,7 @@ class AnswerStream:
     async def __aiter__(self) -> AsyncGenerator[str, None]:
         """Yield pieces as they are generated, and leave the event loop free meanwhile."""
         if self._first_time():
-            async with aclosing(self._turns.apieces(self._generation.run)) as pieces:
+            async with aclosing(self._turns.apieces(self._generation.task)) as pieces:
                 async for piece in pieces:
                     self._text.append(piece)
                     yield piece
@@ -92,6 +95,7 @@ class MemoryModel:
         self.confidence = confidence
         self.folder: Path | None = None
         self.backbone: Backbone | None = None
+        self._openings = Openings(model.base)
         self._turns = Turns()
 
     @classmethod
@@ -201,7 +205,7 @@ class MemoryModel:
         if not chats(self.tokenizer):
             decoding = replace(decoding, stop=(*decoding.stop, STOP_STRING))
         return self._start(
-            lambda: prompt_ids(self.tokenizer, messages),
+            lambda: conversation(self.tokenizer, messages),
             asked_text(messages) if asked is None else asked,
             decoding,
             strip=True,
@@ -229,7 +233,7 @@ class MemoryModel:
         """
         check_asked([{"role": "user", "content": text}])
         return self._start(
-            lambda: text_ids(self.tokenizer, text),
+            lambda: Prompt(text_ids(self.tokenizer, text)),
             text if asked is None else asked,
             decoding,
             strip=strip,
@@ -238,7 +242,7 @@ class MemoryModel:
 
     def _start(
         self,
-        prompt: Callable[[], list[int]],
+        prompt: Callable[[], Prompt],
         asked: str,
         decoding: Decoding,
         *,
@@ -309,7 +313,7 @@ class MemoryModel:
 
     def query_vector(self, asked: str) -> Tensor | None:
         """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""
-        return self._parts().query_vector(asked)
+        return self._parts().query_vectors([asked])
 
     def become(self, other: MemoryModel) -> None:
         """Answer as another memory does, and so does everything that holds this object.
@@ -322,9 +326,10 @@ class MemoryModel:
             self.model, self.tokenizer = other.model, other.tokenizer
             self.encoder, self.confidence = other.encoder, other.confidence
             self.folder, self.backbone = other.folder, other.backbone
+            self._openings = Openings(other.model.base)
 
-        for _ in self._turns.pieces(take):
+        for _ in self._turns.pieces(alone(take)):
             pass
 
     def _parts(self) -> Parts:
-        return Parts(self.model, self.tokenizer, self.encoder, self.confidence)
+        return Parts(self.model, self.tokenizer, self.encoder, self.confidence, self._openings)

@@ -25,8 +25,9 @@ from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillReport
 from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.index import import_faiss
 from mlpmem_rag.memory import Memory
-from mlpmem_rag.neighbors import Neighbors, import_faiss
+from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.output import is_memory, output_folder
 from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
 from mlpmem_rag.preparation import Prepared, prepare, run_key

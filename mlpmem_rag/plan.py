@@ -16,9 +16,10 @@ from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.hardware import has_bfloat16
+from mlpmem_rag.index import FLAT_MAX_ROWS
 from mlpmem_rag.lessons import distillation_loss
 from mlpmem_rag.memory import Memory, derive_config, new_memory
-from mlpmem_rag.neighbors import FLAT_MAX_ROWS, QUERY_BATCH
+from mlpmem_rag.neighbors import QUERY_BATCH
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.windows import Window
 

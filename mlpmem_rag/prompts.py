@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,44 @@ STOP_STRING = "\n"
 """Ends an answer of a model that has no chat template."""
 
 NAMES = {"user": "Question", "assistant": "Answer"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        token_ids: all of it.
+        opening: how many at its beginning are the same whatever is asked.
+    """
+
+    token_ids: list[int]
+    opening: int = 0
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Prompt:
+    """`prompt_ids`, and how far they depend on the system message alone.
+
+    Raises:
+        ConfigError: as `prompt_ids`.
+    """
+    token_ids = prompt_ids(tokenizer, messages)
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    if messages[: len(system) + 1][-1]["role"] != "user":
+        return Prompt(token_ids)
+    one, other = (prompt_ids(tokenizer, [*system, _asking(text)]) for text in ("a", "7"))
+    opening = _common(one, other)
+    return Prompt(token_ids, opening if _common(one, token_ids) >= opening else 0)
+
+
+def _asking(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -133,7 +133,12 @@ class Stages:
             if done:
                 return Neighbors.open(folder)
             return find_neighbors(
-                datastore, split.train, folder, k=config.neighbors, on_progress=self._on_progress
+                datastore,
+                split.train,
+                folder,
+                k=config.neighbors,
+                device=self._prepared.backbone.device,
+                on_progress=self._on_progress,
             )
 
     def targets(self, neighbors: Neighbors, next_tokens: TokenArray, tau: float) -> Targets:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,13 @@ import torch
 from mlpmem_rag import datastore as module
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
-from mlpmem_rag.datastore import Datastore, build_datastore, length_buckets
+from mlpmem_rag.datastore import (
+    MAX_PADDING,
+    Datastore,
+    build_datastore,
+    length_buckets,
+    write_keys,
+)
 from mlpmem_rag.errors import ArtifactError, BaseModelError
 from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.windows import TokenArray, Window, make_windows, tokenize
@@ -136,6 +144,36 @@ def test_batches_hold_every_window_once_within_the_limit(windows: list[Window]) 
     assert sorted(w for batch in batches for w in batch) == list(range(len(windows)))
     assert all(len(b) * max(len(windows[w].token_ids) for w in b) <= 50 for b in batches)
     assert len(batches) < len(windows)
+
+
+def test_batches_are_hardly_padded(tiny_backbone: Backbone, token_ids: list[TokenArray]) -> None:
+    windows = make_windows(token_ids, length=96, stride=48)
+    lengths = [len(window.token_ids) for window in windows]
+    assert len(set(lengths)) > 3
+    for batch in length_buckets(windows):
+        room = len(batch) * max(lengths[w] for w in batch)
+        assert room - sum(lengths[w] for w in batch) <= MAX_PADDING * room
+
+
+def test_one_batch_is_written_while_the_next_is_computed(
+    tiny_backbone: Backbone, windows: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_computed = threading.Event()
+    hidden, passes = tiny_backbone.hidden, itertools.count(1)
+
+    def computed(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out = hidden(ids, mask)
+        if next(passes) == 2:
+            second_computed.set()
+        return out
+
+    def written(shards: object, first: int, keys: object) -> None:
+        assert second_computed.wait(timeout=20), "the second batch waits for the first's rows"
+
+    monkeypatch.setattr(Backbone, "hidden", lambda _, ids, mask: computed(ids, mask))
+    monkeypatch.setattr(module, "_write_rows", written)
+    batches = [[0], [1], [2]]
+    assert list(write_keys(tiny_backbone, windows, batches, np.arange(4), [])) == batches
 
 
 def test_nothing_to_open(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Khandelwal et al., arXiv 1911.00172.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from torch import Tensor
 from mlpmem_rag.artifact import WORK, Manifest
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.memory import Memory
-from mlpmem_rag.neighbors import (
+from mlpmem_rag.index import (
     FLAT_MAX_ROWS,
     MAX_CANDIDATES,
     RERANK_FACTOR,
@@ -27,6 +27,7 @@ from mlpmem_rag.neighbors import (
     key_centre,
     rerank,
 )
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.targets import neighbor_weights
 
 Floats = npt.NDArray[np.float32]
@@ -41,7 +42,7 @@ class NeighborMemory(torch.nn.Module):
     """The votes of the nearest rows, in the place of a memory.
 
     Args:
-        memory: gives the corpus vocabulary and the shape of the query vector, which is not used.
+        memory: gives the corpus vocabulary. Who votes for the next token sees no query vector.
         datastore: rows of the corpus.
         tau: temperature of the votes.
         k: rows that vote.
@@ -49,13 +50,13 @@ class NeighborMemory(torch.nn.Module):
 
     def __init__(self, memory: Memory, datastore: Datastore, tau: float, k: int) -> None:
         super().__init__()
-        self.config = memory.config
+        self.config = replace(memory.config, query_size=0, num_prototypes=0)
         self.corpus_tokens = memory.corpus_tokens
         rows = np.arange(datastore.num_rows)
         self._centre = key_centre(datastore, rows)
         self._exact = len(rows) <= FLAT_MAX_ROWS
         make = flat_index if self._exact else ivfpq_index
-        self._index = make(datastore, rows, self._centre)
+        self._index: Any = make(datastore, rows, self._centre)
         self._datastore = datastore
         self.tau, self.k = tau, min(k, len(rows))
         self._columns = _columns(memory, datastore.next_tokens)

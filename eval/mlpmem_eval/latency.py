@@ -35,6 +35,8 @@ from llama_index.core.instrumentation.events.retrieval import (
 )
 from pydantic import PrivateAttr
 
+from mlpmem_rag.threads import release_threads
+
 Clock = Callable[[], float]
 T = TypeVar("T")
 
@@ -174,6 +176,8 @@ class LatencyRecorder(BaseEventHandler):
 
     def handle(self, event: BaseEvent, **_: Any) -> None:  # noqa: ANN401
         """Add an event to the answer that it belongs to."""
+        if isinstance(event, LLM_STARTS):
+            release_threads()  # of what embedded the question: each arm has all cores for its LLM
         # An engine that works in threads of its own loses the context; that is told apart only
         # as long as one answer is timed at a time.
         spans = _current.get() or self._alone

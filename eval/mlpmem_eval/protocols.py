@@ -22,8 +22,8 @@ from mlpmem_eval.statistics import mean_interval
 from mlpmem_eval.twin import sharing_base
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.heldout import Perplexities
+from mlpmem_rag.index import FLAT_MAX_ROWS
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.neighbors import FLAT_MAX_ROWS
 from mlpmem_rag.progress import OnProgress, ignore_progress
 
 Floats = npt.NDArray[np.float64]

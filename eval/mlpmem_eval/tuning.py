@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.scoring import token_f1
+from mlpmem_rag.scoring import exact_match, token_f1
 
 QUESTIONS = 48
 """How many are written for a search."""
@@ -22,10 +22,11 @@ S = TypeVar("S", bound=Hashable)
 
 @dataclass(frozen=True)
 class Tried(Generic[S]):
-    """A candidate with the mean F1 it reached, and on how many questions."""
+    """A candidate: its mean F1, how often it was right, and on how many questions."""
 
     setting: S
     f1: float
+    em: float
     n: int
 
 
@@ -60,16 +61,18 @@ def tune(
     alive = list(candidates)
     total = _planned(len(alive), ends)
     scores: dict[S, list[float]] = {setting: [] for setting in alive}
+    right: dict[S, list[float]] = {setting: [] for setting in alive}
     done = 0
     for end in ends:
         for setting in alive:
             for question in questions[len(scores[setting]) : end]:
                 answer = ask(setting, question.text)
                 scores[setting].append(token_f1(answer, question.answers))
+                right[setting].append(float(exact_match(answer, question.answers)))
                 done += 1
                 on_progress(ProgressEvent(stage, done, total, "answers"))
         alive = sorted(alive, key=lambda s: -_mean(scores[s]))[: -(-len(alive) // 2)]
-    tried = [Tried(setting, _mean(f1), len(f1)) for setting, f1 in scores.items()]
+    tried = [Tried(s, _mean(f1), _mean(right[s]), len(f1)) for s, f1 in scores.items()]
     # A candidate of a later round was better in all rounds before, whatever its mean is now.
     order = sorted(tried, key=lambda t: (t.setting != alive[0], -t.n, -t.f1))
     return Tuned(alive[0], tuple(order))

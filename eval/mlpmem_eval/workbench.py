@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MLPMemIndex
+from llama_index.indices.managed.mlpmem import MLPMemIndex
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_eval.answerers import QueryEngineAnswerer
@@ -33,9 +33,8 @@ from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.query import QueryEncoder, SentenceEncoder
-from mlpmem_rag.scoring import token_f1
 from mlpmem_rag.storage import write_json
 
 STOP = "\n"
@@ -56,8 +55,8 @@ class Workbench:
         max_new_tokens: most tokens of an answer, the same for every arm.
         tuning_questions: written questions to choose settings on, when they are needed.
         encoder: finds passages; None: the memory's own, or MiniLM.
-        threshold: confidence below which `memory-first` asks RAG; None: fitted on written
-            questions.
+        threshold: confidence below which `memory-first` asks RAG; None: see
+            `memory_first_threshold`.
         seed: of everything random.
         on_progress: called often.
     """
@@ -165,49 +164,28 @@ class Workbench:
         questions = self._written(name)
         found = self._kept(
             name,
-            [_plain(candidates), settings],
+            [_plain(candidates), settings, ["f1", "em"]],
             questions,
             lambda: self._searched(name, candidates, ask, questions, settings),
         )
         return candidates[found["best"]], float(found["seconds"])
 
-    def fit_threshold(
-        self, engine: MemoryFirstQueryEngine, settings: dict[str, Any]
-    ) -> tuple[float, float]:
-        """Set an engine's threshold to `threshold`, or to the best one on written questions.
+    @property
+    def memory_first_threshold(self) -> float:
+        """`threshold`, or how often RAG's best setting was right on written questions.
 
-        The memory was taught these, so that it is right more often there than on new ones, and the
-        threshold is rather too low than too high.
-
-        Returns the threshold, and the seconds of the fit.
+        The memory's confidence is the probability that it is right, calibrated on questions that
+        were held out: where it is lower than that, RAG is the better bet. What the memory itself
+        says to written questions tells nothing, since it was taught them.
 
         Raises:
-            ConfigError: no questions can be written, or the memory gives no confidence.
+            ConfigError: no questions can be written.
         """
         if self.threshold is not None:
-            engine.threshold = self.threshold
-            return self.threshold, 0.0
-        questions = self._written("memory-first")
-        found = self._kept(
-            "memory-first", [settings], questions, lambda: self._fitted(engine, questions)
-        )
-        engine.threshold = float(found["threshold"])
-        return engine.threshold, float(found["seconds"])
-
-    def _fitted(
-        self, engine: MemoryFirstQueryEngine, questions: Sequence[EvalQuestion]
-    ) -> dict[str, Any]:
-        graded = 0
-
-        def grade(answer: str, references: Sequence[str]) -> float:
-            nonlocal graded
-            graded += 1
-            self.on_progress(ProgressEvent("fit threshold", graded, 2 * len(questions), "answers"))
-            return token_f1(answer, references)
-
-        started = time.perf_counter()
-        fit = engine.fit_threshold([(q.text, q.answers) for q in questions], grade)
-        return {"seconds": time.perf_counter() - started, **asdict(fit), "n": len(questions)}
+            return self.threshold
+        _ = self.tuned_rag
+        best, *_ = self.searches["rag"]["tried"]
+        return float(best["em"])
 
     def _written(self, name: str) -> list[EvalQuestion]:
         questions = list(self.tuning_questions())
@@ -323,6 +301,7 @@ def _plain(settings: Sequence[Any]) -> list[Any]:
 
 def _told(tuned: Tuned[S]) -> list[dict[str, Any]]:
     def told(tried: Tried[S]) -> dict[str, Any]:
-        return {"setting": _plain([tried.setting])[0], "f1": tried.f1, "n": tried.n}
+        figures = {"f1": tried.f1, "em": tried.em, "n": tried.n}
+        return {"setting": _plain([tried.setting])[0], **figures}
 
     return [told(tried) for tried in tuned.tried]

@@ -7,10 +7,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlpmem_eval.schema import Report
+from mlpmem_rag import training
+from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.pipeline import train
 
 from .fakes import FakeClock, LetterEncoder, sample_report
 
@@ -48,6 +53,28 @@ def roomy_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def tiny_memory(roomy_folder: Path, memory_of: Callable[[Path], Path]) -> Path:
     """Of the paper's recipe: no encoder, no questions, and a datastore for its teacher."""
     return memory_of(roomy_folder)
+
+
+@pytest.fixture(scope="session")
+def studied_memory(
+    roomy_folder: Path,
+    quick_training: dict[str, Any],
+    tiny_documents: list[Document],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Of self-study: it sees what is asked."""
+    folder = tmp_path_factory.mktemp("studied")
+    asked = [
+        {"question": f"What does document {n} say?", "answer": document.text[:20]}
+        for n, document in enumerate(tiny_documents)
+    ]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    settings = {"recipe": "self-study", "encoder": "pooled", "base_model": str(roomy_folder)}
+    config = TrainConfig(**{**quick_training, **settings}, questions=(str(folder / "own.jsonl"),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "MIN_STEPS", 1)
+        train(Corpus(tuple(tiny_documents)), out=folder / "memory", config=config)
+    return folder / "memory"
 
 
 @pytest.fixture

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from llama_index.core.base.response.schema import Response
-from llama_index.core.callbacks import CallbackManager
 
-from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
+from mlpmem_eval.answerers import QueryEngineAnswerer, Reply
 from mlpmem_eval.arms import ARMS, make_arms
 from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.knn import NeighborMemory, open_teacher
 from mlpmem_eval.questions import EvalQuestion
-from mlpmem_eval.rag import FEW_SHOT, QUOTED, template_of
+from mlpmem_eval.rag import CANDIDATES, FEW_SHOT, QUOTED, RagSetting, template_of
 from mlpmem_eval.rows import read_lines
 from mlpmem_eval.tuning import tune
 from mlpmem_eval.twin import sharing_base
@@ -27,7 +25,6 @@ from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.reading import reading_prompt
 
 from .fakes import LetterEncoder
@@ -38,19 +35,22 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def bench(tiny_memory: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
-    memory = MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
+def bench_of(folder: Path, documents: list[Document], work: Path) -> Workbench:
     return Workbench(
-        memory,
-        tiny_memory,
-        load_manifest(tiny_memory),
-        tmp_path,
-        Corpus(tuple(tiny_documents)),
+        MemoryModel.load(folder, device="cpu", dtype="float32"),
+        folder,
+        load_manifest(folder),
+        work,
+        Corpus(tuple(documents)),
         max_new_tokens=4,
         tuning_questions=lambda: QUESTIONS,
         encoder=LetterEncoder(),
     )
+
+
+@pytest.fixture
+def bench(tiny_memory: Path, tiny_documents: list[Document], tmp_path: Path) -> Workbench:
+    return bench_of(tiny_memory, tiny_documents, tmp_path)
 
 
 def test_arms_that_are_not_known_or_lack_documents_are_refused(bench: Workbench) -> None:
@@ -120,7 +120,15 @@ def test_a_search_is_done_once(bench: Workbench) -> None:
 # peft asks transformers 5 for a name that it will have no more in 6.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("name", ARMS)
-def test_an_arm_answers(name: str, bench: Workbench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["tiny_memory", "studied_memory"])
+def test_an_arm_answers(
+    memory: str,
+    name: str,
+    tiny_documents: list[Document],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    bench = bench_of(request.getfixturevalue(memory), tiny_documents, tmp_path)
     bench.threshold = 0.5  # this memory gives no confidence to fit one on
     (arm,) = make_arms([name], bench)
     rows = run_comparison([arm.answerer], QUESTIONS, tmp_path / "rows", RunSettings(warm_up=0))
@@ -161,46 +169,26 @@ def test_an_interrupted_search_asks_only_what_is_missing(bench: Workbench) -> No
     assert seconds == pytest.approx(sum(entry["seconds"] for entry in kept))
 
 
-@dataclass
-class Sure:
-    """Remembers what it is told to, as sure as it is told to be."""
+def test_memory_first_asks_rag_where_rag_is_more_often_right(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On written questions RAG's best setting is right in one of four, and has the larger F1."""
+    asked = [EvalQuestion(f"q{n}", f"{n}?", ("a map of the lake",)) for n in range(4)]
+    bench.tuning_questions = lambda: asked
 
-    says: dict[str, tuple[str, float]]
+    best = CANDIDATES[1]
 
-    def query(self, question: object) -> Response:
-        text, sure = self.says[getattr(question, "query_str", str(question))]
-        return Response(text, metadata={"mlpmem": {"confidence": sure, "route": "memory"}})
+    class Scripted(QueryEngineAnswerer):
+        def answer(self, question: str) -> Reply:
+            right = "a map of the lake" if question == "0?" else "a map"
+            return Reply(right if self.settings["words"] == best.words else "nothing")
 
-    callback_manager = CallbackManager()
+    def scripted(name: str, setting: RagSetting) -> Scripted:
+        known = setting if setting == best else replace(setting, words=-1)
+        return Scripted(name, cast(Any, None), asdict(known))
 
-
-def test_the_threshold_is_the_best_on_written_questions(bench: Workbench) -> None:
-    asked = [EvalQuestion(f"q{n}", f"{n}?", ("right",)) for n in range(5)]
-    sure = (0.02, 0.04, 0.06, 0.08, 0.3)
-    remembered = ("wrong", "wrong", "right", "wrong", "right")
-    read = ("right", "right", "wrong", "wrong", "wrong")
-    says = zip(asked, remembered, sure, strict=True)
-    memory = Sure({q.text: (text, confidence) for q, text, confidence in says})
-    rag = Sure({q.text: (text, 1.0) for q, text in zip(asked, read, strict=True)})
-
-    def engine() -> MemoryFirstQueryEngine:
-        return MemoryFirstQueryEngine(cast(Any, memory), cast(Any, rag))
-
-    events: list[ProgressEvent] = []
-    bench.tuning_questions, bench.on_progress = (lambda: asked), events.append
-    first = engine()
-    threshold, seconds = bench.fit_threshold(first, {})
-    assert (threshold, first.threshold) == (0.06, 0.06)
-    assert seconds > 0
-    assert bench.searches["memory-first"] | {"seconds": 0, "key": ""} == {
-        "seconds": 0, "key": "", "threshold": 0.06, "right": 0.8, "memory": 0.4, "rag": 0.4,
-        "from_memory": 0.6, "n": 5,
-    }  # fmt: skip
-    assert [(e.done, e.total) for e in events] == [(n, 10) for n in range(1, 11)]
-
-    again = engine()
-    memory.says.clear()  # what was found is not looked for again
-    assert bench.fit_threshold(again, {})[0] == again.threshold == 0.06
+    monkeypatch.setattr(bench, "rag_answerer", scripted)
+    assert bench.memory_first_threshold == 0.25
+    assert bench.tuned_rag[0] == best
     bench.threshold = 0.7
-    assert bench.fit_threshold(again, {}) == (0.7, 0.0)
-    assert again.threshold == 0.7
+    assert bench.memory_first_threshold == 0.7

@@ -28,9 +28,10 @@ QUESTIONS = [f"What was found in place {n}, and by whom{'?' * (n % 5)}" for n in
 CALLS = ("complete", "chat", "stream_complete", "stream_chat")
 
 
-@pytest.fixture
-def llm(chat_model: MemoryModel) -> MLPMemLLM:
-    return MLPMemLLM.from_model(chat_model, max_new_tokens=12)
+@pytest.fixture(params=[1, 4])
+def llm(chat_model: MemoryModel, request: pytest.FixtureRequest) -> MLPMemLLM:
+    """One that answers alone, and one that answers up to four together."""
+    return MLPMemLLM.from_model(chat_model, max_new_tokens=12, batch_size=request.param)
 
 
 # Many at once.

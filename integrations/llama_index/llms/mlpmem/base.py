@@ -81,6 +81,11 @@ class MLPMemLLM(LLM):
     top_p: float = Field(default=1.0, description="Share of the probability that is drawn from.")
     stop: list[str] = Field(default_factory=list, description="Strings that end the text.")
     seed: int | None = Field(default=None, description="Of the draws; None: another each time.")
+    batch_size: int = Field(
+        default=1,
+        description="Waiting requests of equal settings that are generated together, for services; "
+        "in bfloat16 an unsure answer can then come out otherwise than alone.",
+    )
     is_chat_model: bool = Field(
         default=True,
         description="Whether query engines send messages (in the form the memory was taught) "
@@ -266,6 +271,7 @@ class MLPMemLLM(LLM):
             logits_processors=()
             if self.logits_processor is None
             else listed(self.logits_processor),
+            batch_size=self.batch_size,
         )
 
     @property

@@ -1,0 +1,123 @@
+"""One entry to all suites."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import machine, page, results
+from benchmarks.figures import Figure
+from benchmarks.setup import Setup
+from mlpmem_eval.environment import versions
+from mlpmem_rag.embedded import SMOLLM2
+from mlpmem_rag.errors import MLPMemError
+
+SUITES = {
+    "datastore": "datastore stage beside bare forward passes",
+    "neighbors": "exact neighbours beside faiss.knn",
+    "approximate": "approximate neighbours beside exact ones, a million rows",
+    "gpu_neighbors": "exact neighbours on a GPU beside its matrix products",
+    "distillation": "distillation beside the released formulation",
+    "decoding": "prefill and decoding beside the bare base model",
+    "corpora": "decoding with memories of two corpora",
+    "inference_memory": "peak memory of answering",
+    "serving": "first token and whole answer beside RAG; many requests at once",
+    "training": "documents to memory, end to end",
+}
+GPU_ONLY = ("gpu_neighbors",)
+
+SuiteArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="; ".join(f"{name}: {about}" for name, about in SUITES.items())),
+]
+
+
+def main(
+    suites: SuiteArgument = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or what is there.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Number format of the base model.")] = "auto",
+    base_model: Annotated[str, typer.Option(help="Where no memory is needed.")] = SMOLLM2,
+    memory: Annotated[Path | None, typer.Option(help="A memory; else one is trained.")] = None,
+    other_memory: Annotated[Path | None, typer.Option(help="Of another corpus.")] = None,
+    corpus: Annotated[Path, typer.Option(help="Documents.")] = Setup.corpus,
+    questions: Annotated[Path, typer.Option(help="About them, jsonl.")] = Setup.questions,
+    documents: Annotated[int, typer.Option(help="To train on; 0: all.")] = 22,
+    search_rows: Annotated[int, typer.Option(help="Of the large datastore.")] = 1_000_000,
+    rounds: Annotated[int, typer.Option(help="Of a comparison of a second or two.")] = 7,
+    write_page: Annotated[
+        bool, typer.Option("--page", help="Only fill docs/performance.md from the result files.")
+    ] = False,
+) -> None:
+    """Measure the suites named, or all, and write benchmarks/results/MACHINE.json."""
+    if write_page:
+        page.fill()
+        return
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder:
+        setup = Setup(
+            Path(folder),
+            device=device,
+            dtype=dtype,
+            base_model=base_model,
+            memory=memory,
+            other_memory=other_memory,
+            corpus=corpus,
+            questions=questions,
+            trained_documents=documents,
+            search_rows=search_rows,
+            rounds=rounds,
+            say=lambda text: console.print(f"[dim]{text}[/dim]"),
+        )
+        measure(setup, suites or list(SUITES), console)
+
+
+def measure(setup: Setup, names: list[str], console: Console) -> Path:
+    """Suite by suite, so that a run that is cut short leaves what it has."""
+    if unknown := set(names) - set(SUITES):
+        raise typer.BadParameter(f"{', '.join(unknown)}; suites are {', '.join(SUITES)}")
+    about = {"machine": machine.describe(setup.device), "versions": versions()}
+    path = results.RESULTS / f"{machine.slug(setup.device)}.json"
+    ceilings = machine.ceilings(setup.device, setup.work)
+    for name in names:
+        if name in GPU_ONLY and not setup.device.startswith("cuda"):
+            setup.say(f"{name}: only on a GPU")
+            continue
+        setup.say(f"{name}: {SUITES[name]}")
+        started = time.perf_counter()
+        figures = suite(name)(setup)
+        entry = results.entry(figures, ceilings, time.perf_counter() - started, choices(setup))
+        results.merge(path, about, {name: entry})
+        Console().print(results.table(name, figures, ceilings))
+    return path
+
+
+def suite(name: str) -> Callable[[Setup], list[Figure]]:
+    """A suite by its name; what only it needs is imported now."""
+    run: Callable[[Setup], list[Figure]] = importlib.import_module(f"benchmarks.{name}").run
+    return run
+
+
+def choices(setup: Setup) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "measured": datetime.now(UTC).isoformat(timespec="minutes"),
+        "base_model": setup.base_model,
+        "dtype": setup.dtype,
+        "corpus": setup.corpus.name,
+        "memory": setup.memory.name if setup.memory else "trained in the run",
+    }
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MLPMemError as error:
+        raise SystemExit(f"error: {error}") from error

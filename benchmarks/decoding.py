@@ -1,0 +1,119 @@
+"""What a memory costs beside its bare base model: prefill and decoding, one request and eight."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import roofline
+from benchmarks.figures import Figure, Goal
+from benchmarks.rounds import median_ratio
+from benchmarks.setup import Setup
+from mlpmem_rag.hardware import dtype_name
+from mlpmem_rag.model import MLPMemForCausalLM
+
+PROMPT = 256
+STEPS = 32
+ROUNDS = 3
+"""Times as many rounds as others: one takes a second."""
+PREFILL = Goal(at_most=1.05)
+DECODING = {1: Goal(at_most=1.15), 8: Goal(at_most=1.05)}
+
+Times = dict[str, list[float]]
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor, **given: object) -> tuple[float, Any]:  # noqa: ANN401
+    """Seconds, and the cache."""
+    started = _now(ids.device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
+    return _now(ids.device) - started, output.past_key_values
+
+
+@torch.inference_mode()
+def decode(model: Any, cache: Any, batch: int, steps: int, **given: object) -> float:  # noqa: ANN401
+    """Seconds a step."""
+    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    started = _now(model.device)
+    for _ in range(steps):
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits
+        token = logits[:, -1:].argmax(-1)
+    return (_now(model.device) - started) / steps
+
+
+def timed(
+    models: Mapping[str, nn.Module], rounds: int, *, batch: int, prompt: int, steps: int
+) -> tuple[Times, Times]:
+    """Seconds of prefill and of a step of each model in each round, in turns of order."""
+    prefills: Times = {name: [] for name in models}
+    decodes: Times = {name: [] for name in models}
+    for number in range(-1, rounds):  # the first is warm-up
+        for name in list(models)[:: -1 if number % 2 else 1]:
+            model: Any = models[name]
+            ids = torch.arange(5, 5 + prompt, device=model.device).repeat(batch, 1)
+            given = query_given(model, batch)
+            first, cache = prefill(model, ids, **given)
+            step = decode(model, cache, batch, steps, **given)
+            if number >= 0:
+                prefills[name].append(first)
+                decodes[name].append(step)
+    return prefills, decodes
+
+
+def query_given(model: nn.Module, batch: int) -> dict[str, Tensor]:
+    """A query vector for a model that takes one."""
+    width = model.query_size if isinstance(model, MLPMemForCausalLM) else 0
+    vector = torch.full((batch, width), width**-0.5) if width else None
+    return {} if vector is None else {"query_vector": vector}
+
+
+def run(setup: Setup) -> list[Figure]:
+    """Ratios of times, memory over base."""
+    model = setup.model
+    base: nn.Module = model.base
+    weights = roofline.matrix_weights(base) + roofline.matrix_weights(model.memory)
+    figures = []
+    for batch, goal in DECODING.items():
+        rounds = setup.rounds * (ROUNDS if batch == 1 else 1)
+        prefills, decodes = timed(
+            {"base": base, "memory": model}, rounds, batch=batch, prompt=PROMPT, steps=STEPS
+        )
+        figures += [
+            _figure(f"prefill of {PROMPT} tokens, batch {batch}", prefills, PREFILL, {}),
+            _figure(
+                f"decoding, a token, batch {batch}",
+                decodes,
+                goal,
+                {
+                    "per_second": 1 / min(decodes["memory"]),
+                    "needs": roofline.decode_needs(
+                        weights, model.dtype.itemsize, batch, dtype_name(model.dtype)
+                    ),
+                },
+            ),
+        ]
+    return figures
+
+
+def _figure(what: str, took: Times, goal: Goal, limits: dict[str, Any]) -> Figure:
+    return Figure(
+        what,
+        "ms",
+        1e3 * statistics.median(took["memory"]),
+        "bare base model",
+        1e3 * statistics.median(took["base"]),
+        median_ratio(took["memory"], took["base"]),
+        goal,
+        **limits,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,72 @@
+"""Exact neighbours on a GPU, every row against every other, beside its matrix products alone.
+
+Both multiply in half precision. Keys are random numbers: how long the search takes does not depend
+on them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from benchmarks import machine, roofline
+from benchmarks.figures import Figure, Goal
+from benchmarks.rounds import Ratio, seconds
+from benchmarks.setup import Setup
+from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.index import Rows
+from mlpmem_rag.neighbors import FlatSearch
+
+WIDTH = 576
+AT_LEAST = 0.3
+NEIGHBORS = (64, 1024)
+WARM_UP = 2
+
+
+def run(setup: Setup) -> list[Figure]:
+    """Operations a second of both."""
+    store = random_store(setup.search_rows, WIDTH)
+    device = torch.device(setup.device)
+    search = FlatSearch(store, np.arange(store.num_rows), np.zeros(WIDTH, dtype=np.float32), device)
+    rate = machine.product_rate(torch.float16, setup.device)
+    return [searched(search, store, k, rate, setup.device) for k in NEIGHBORS]
+
+
+def searched(search: FlatSearch, store: Datastore, k: int, rate: float, device: str) -> Figure:
+    """All rows once."""
+    groups: list[Rows] = list(search.groups())
+    for rows in groups[:WARM_UP]:
+        search.search(rows, k + 1)
+    took = seconds(lambda: [search.search(rows, k + 1) for rows in groups], device)
+    operations = roofline.search_needs(store.num_rows, store.key_size).flops * store.num_rows
+    share = operations / took / rate
+    return Figure(
+        f"exact neighbours of {store.num_rows:,} rows on the GPU, k = {k:,}",
+        "TFLOP/s",
+        operations / took / 1e12,
+        "matrix products alone",
+        rate / 1e12,
+        Ratio(share, share, share),
+        Goal(at_least=AT_LEAST),
+        details={"seconds": took, "rows_per_second": store.num_rows / took},
+    )
+
+
+def random_store(rows: int, width: int) -> Datastore:
+    """In one piece in main memory."""
+    generator = np.random.default_rng(0)
+    keys = np.empty((rows, width), dtype=np.float16)
+    for first in range(0, rows, 65_536):
+        part = keys[first : first + 65_536]
+        part[:] = generator.standard_normal(part.shape, dtype=np.float32)
+    zeros = np.zeros(rows, dtype=np.int32)
+    return InOnePiece((keys,), zeros, zeros, np.arange(rows, dtype=np.int32))
+
+
+class InOnePiece(Datastore):
+    """A datastore whose only shard may be of any size."""
+
+    def keys(self, rows: Rows) -> np.ndarray:
+        """As `Datastore.keys`."""
+        found: np.ndarray = self.key_shards[0][rows].astype(np.float32)
+        return found

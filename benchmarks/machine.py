@@ -1,0 +1,89 @@
+"""The machine: its name, and what it can do at most."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import Ceilings
+from benchmarks.rounds import seconds
+from mlpmem_eval.environment import machine
+
+MATRIX = 2048
+COPIED = 1 << 28
+WRITTEN = 1 << 26
+RUNS = 5
+FORMATS = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Processor, cores, threads and GPU, with the device that was measured."""
+    return {**machine(), "device": device}
+
+
+def slug(device: str) -> str:
+    """A file name from what computes: the GPU's model, or the CPU's with the number of threads."""
+    found = machine()
+    name = found["gpu"] if device.startswith("cuda") else found["processor"]
+    count = "" if device.startswith("cuda") else f"-{found['torch_threads']}-threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + count
+
+
+def ceilings(device: str, folder: Path | None = None) -> Ceilings:
+    """Measured, the best of some runs: what other load takes away is not the machine's."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    return Ceilings(
+        flops={
+            str(dtype).removeprefix("torch."): product_rate(dtype, device)
+            for dtype in FORMATS[kind]
+        },
+        bytes_per_second=copy_rate(device),
+        disk_bytes_per_second=disk_rate(folder),
+    )
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """Operations a second of a square product, as torch does it for users of this library."""
+    size = MATRIX * (4 if device.startswith("cuda") else 1)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(RUNS))
+    return 2 * size**3 / best
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second that a copy reads and writes together."""
+    source = torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    best = min(seconds(lambda: target.copy_(source), device) for _ in range(RUNS))
+    return 2 * COPIED / best
+
+
+def disk_rate(folder: Path | None) -> float:
+    """Bytes a second to a file, until they are on the disk."""
+    block = os.urandom(WRITTEN)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+
+        def write() -> None:
+            file.seek(0)
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+        return WRITTEN / min(seconds(write) for _ in range(3))
+
+
+def held_bytes(device: str) -> int:
+    """Memory that this process holds now: on a GPU what torch has allocated there."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.memory_allocated())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

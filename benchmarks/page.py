@@ -1,0 +1,62 @@
+"""The tables of docs/performance.md, filled from the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import Ceilings
+from benchmarks.results import RESULTS, cells, figures_of, number
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+HEAD = ("what", "ours", "against", "", "ratio", "goal", "of the ceiling")
+
+
+def fill(page: Path = PAGE, folder: Path = RESULTS) -> None:
+    """Replace what stands between the marks by the tables of all machines."""
+    text = page.read_text(encoding="utf-8")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    tables = "\n\n".join(section(results) for results in found) or "Not yet measured."
+    if not any(results["machine"]["device"].startswith("cuda") for results in found):
+        tables += "\n\n### GPU\n\nNot yet measured."
+    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    assert marked.search(text), f"{page} has lost its marks {BEGIN} and {END}"
+    page.write_text(marked.sub(lambda _: f"{BEGIN}\n{tables}\n{END}", text), encoding="utf-8")
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """One machine: what it can do, and its suites in one table."""
+    about = results["machine"]
+    gpu = about["device"].startswith("cuda")
+    name = about["gpu"] if gpu else f"{about['processor']}, {about['torch_threads']} threads"
+    rows = []
+    for suite in results["suites"].values():
+        ceilings = Ceilings(**suite["ceilings"])
+        rows += [_bold(cells(f, ceilings), f.reached) for f in figures_of(suite)]
+    last = list(results["suites"].values())[-1]
+    lines = [f"### {name}", "", limits(Ceilings(**last["ceilings"])), ""]
+    return "\n".join([*lines, line(HEAD), line(["---"] * len(HEAD)), *map(line, rows)])
+
+
+def limits(ceilings: Ceilings) -> str:
+    """The measured ceilings in words."""
+    products = ", ".join(f"{number(r / 1e9)} GFLOP/s in {n}" for n, r in ceilings.flops.items())
+    return (
+        f"Ceilings: matrix products {products}; main memory "
+        f"{number(ceilings.bytes_per_second / 1e9)} GB/s; disk "
+        f"{number(ceilings.disk_bytes_per_second / 1e9)} GB/s."
+    )
+
+
+def line(row: Any) -> str:  # noqa: ANN401
+    """Of a Markdown table."""
+    return f"| {' | '.join(row)} |"
+
+
+def _bold(row: tuple[str, ...], reached: bool | None) -> tuple[str, ...]:
+    """A ratio that does not reach its goal says so."""
+    return row if reached is not False else (*row[:5], f"{row[5]} (not reached)", *row[6:])

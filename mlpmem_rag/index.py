@@ -1,0 +1,147 @@
+"""Indexes over the keys of a datastore, to search with one query or many.
+
+Exact up to `FLAT_MAX_ROWS`: by FAISS, on a GPU where its build knows one, by torch on a GPU that
+FAISS does not know. Beyond, at answer time, an IVF-PQ index proposes candidates and their distances
+are computed again from the stored keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.errors import MissingDependencyError
+from mlpmem_rag.torch_index import TorchIndex
+
+FLAT_MAX_ROWS = 250_000
+MAX_CANDIDATES = 2048
+"""As many as FAISS returns on a GPU."""
+RERANK_FACTOR = 4
+"""IVF-PQ proposes this many candidates for each neighbour kept."""
+CPU = torch.device("cpu")
+CPU_BLOCK = 1 << 16
+CUDA_BLOCK = 1 << 18
+"""Keys that are compared with at one time: enough to keep a GPU busy."""
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Index(Protocol):
+    """Keys that are searched by their squared distance."""
+
+    def add(self, keys: Floats) -> None:
+        """Take more keys. *Shape:* (R, D)."""
+
+    def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
+        """Distances and numbers of the k nearest; -1 where there are fewer.
+
+        *Shapes:* (R, D) -> (R, k), (R, k).
+        """
+
+
+def import_faiss() -> Any:  # noqa: ANN401  faiss has no types
+    """FAISS, whichever build is installed.
+
+    Raises:
+        MissingDependencyError: none is.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(
+            "FAISS is not installed; run: pip install 'mlpmem-rag[cpu]' "
+            "(or 'mlpmem-rag[gpu]' on a machine with CUDA; never both)"
+        ) from error
+    return faiss
+
+
+def faiss_has_gpu() -> bool:
+    """Whether FAISS was built for GPUs and sees one."""
+    faiss = import_faiss()
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def key_centre(datastore: Datastore, database: Rows) -> npt.NDArray[np.float32]:
+    """Mean of the keys (of a sample of them). *Shape:* (D,).
+
+    Taken off before the search: it changes no distance, but FAISS computes them as differences
+    of large products, and an offset common to all keys would cost float32 its digits.
+    """
+    step = max(1, len(database) // 65_536)
+    mean: npt.NDArray[np.float32] = datastore.keys(database[::step]).mean(0)
+    return mean
+
+
+def flat_index(
+    datastore: Datastore, database: Rows, centre: Floats, device: torch.device = CPU
+) -> Index:
+    """An exact index over the given rows."""
+    index: Index
+    if device.type == "cuda" and not faiss_has_gpu():
+        index = TorchIndex(device)
+    else:
+        index = on_gpu(import_faiss().IndexFlatL2(datastore.key_size))
+    for rows in stretches(database, CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK):
+        index.add(datastore.keys(rows) - centre)
+    return index
+
+
+def ivfpq_index(datastore: Datastore, database: Rows, centre: Floats) -> Any:  # noqa: ANN401
+    """An inverted-file, product-quantised index: 4·√N lists, at most 64 bytes a row.
+
+    The paper's figures (4096 lists, 32 probed, 64 bytes) are what this gives at a million rows.
+    """
+    faiss = import_faiss()
+    dim = datastore.key_size
+    lists = int(min(4 * np.sqrt(len(database)), len(database) / 40))
+    pieces = max(m for m in range(1, 65) if dim % m == 0)
+    quantizer = faiss.IndexFlatL2(dim)
+    index = faiss.IndexIVFPQ(quantizer, dim, lists, pieces, 8)
+    index.nprobe = max(32, lists // 128)
+    sample = np.random.default_rng(0).choice(
+        database, size=min(len(database), max(64 * lists, 65_536)), replace=False
+    )
+    index = on_gpu(index)
+    index.train(datastore.keys(np.sort(sample)) - centre)
+    for rows in stretches(database):
+        index.add(datastore.keys(rows) - centre)
+    return index
+
+
+def on_gpu(index: Any) -> Any:  # noqa: ANN401
+    """The index on the first GPU when FAISS was built for one and sees it, else as it is."""
+    if not faiss_has_gpu():
+        return index
+    faiss = import_faiss()
+    options = faiss.GpuClonerOptions()
+    # Look-up tables of 64 sub-quantisers fit into shared memory only in half precision.
+    options.useFloat16 = isinstance(index, faiss.IndexIVFPQ)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+
+
+def rerank(
+    datastore: Datastore, queries: npt.NDArray[np.float32], candidates: Rows
+) -> tuple[Rows, npt.NDArray[np.float32]]:
+    """Candidates sorted by their exact distance, the missing ones (-1) last.
+
+    *Shapes:* queries (R, D), candidates (R, C) -> (R, C), (R, C).
+    """
+    distances = np.full(candidates.shape, np.inf, dtype=np.float32)
+    for line, (query, rows) in enumerate(zip(queries, candidates, strict=True)):
+        there = rows >= 0
+        difference = datastore.keys(rows[there]) - query
+        distances[line, there] = np.einsum("cd,cd->c", difference, difference)
+    order = np.argsort(distances, axis=1, kind="stable")
+    return np.take_along_axis(candidates, order, 1), np.take_along_axis(distances, order, 1)
+
+
+def stretches(rows: Rows, size: int = CPU_BLOCK) -> Iterator[Rows]:
+    """At most `size` rows at a time."""
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]

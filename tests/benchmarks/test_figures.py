@@ -1,0 +1,121 @@
+"""Ratios, goals, ceilings and the page, by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import page, results, roofline
+from benchmarks.figures import Ceilings, Figure, Goal, Needs
+from benchmarks.rounds import Ratio, interleaved, median_ratio, timed
+from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.memory import Memory, MemoryConfig
+
+CEILINGS = Ceilings({"float32": 100.0, "bfloat16": 400.0}, 10.0, 1.0)
+
+
+def test_a_ratio_is_the_median_with_the_interval_of_the_order() -> None:
+    assert median_ratio([2, 6, 4], [1, 1, 1]) == Ratio(4.0, 2.0, 6.0)
+    # 95 % of ten: from the second to the ninth.
+    assert median_ratio(range(1, 11), [1] * 10) == Ratio(5.5, 2.0, 9.0)
+
+
+def test_arms_take_turns_and_their_times_are_theirs() -> None:
+    order: list[str] = []
+
+    def arm(name: str, pause: float) -> None:
+        order.append(name)
+        time.sleep(pause)
+
+    arms = {"slow": lambda: arm("slow", 0.02), "fast": lambda: arm("fast", 0.0)}
+    took = interleaved(arms, 3)
+    assert order == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast"]
+    assert all(s >= 0.02 > f for s, f in zip(took["slow"], took["fast"], strict=True))
+    assert timed(lambda: 7)[0] == 7
+
+
+def test_the_slower_of_computing_and_moving_is_the_ceiling() -> None:
+    computing, moving = Needs(50, 1, "float32"), Needs(50, 80, "bfloat16")
+    assert (computing.seconds(CEILINGS), computing.bound(CEILINGS)) == (0.5, "compute")
+    assert (moving.seconds(CEILINGS), moving.bound(CEILINGS)) == (8.0, "memory")
+    figure = Figure("work", "1/s", 1.5, per_second=1.5, needs=computing)
+    assert figure.fraction(CEILINGS) == 0.75
+    assert replace(figure, needs=None).fraction(CEILINGS) is None
+
+
+def test_goals_are_of_the_ratio_where_there_is_one() -> None:
+    figure = Figure("work", "s", 3.0, goal=Goal(at_least=2.0))
+    assert figure.reached is True
+    assert replace(figure, ratio=Ratio(1.0, 1.0, 1.0)).reached is False
+    assert replace(figure, goal=Goal()).reached is None
+    within = Goal(at_least=0.95, at_most=1.05)
+    assert [within.reached(v) for v in (0.9, 1.0, 1.1)] == [False, True, False]
+    assert [str(g) for g in (Goal(2.0), Goal(None, 0.1), Goal())] == ["≥ 2", "≤ 0.1", ""]
+
+
+def test_what_a_forward_pass_needs_is_counted_by_hand(tiny_backbone: Backbone) -> None:
+    # Four layers of width 32: queries 32, keys and values 16 each, output 32; three MLP matrices
+    # of 48. The tap is at the third layer's MLP, which does not run.
+    attention = 32 * 32 + 2 * 16 * 32 + 32 * 32
+    assert tiny_backbone.layer == 3
+    weights = 4 * attention + 3 * (3 * 32 * 48)
+    looked_at = (1 + 2 + 3) / 3  # each of three tokens looks at itself and those before it
+    needs = roofline.forward_needs(tiny_backbone, [3], batch_tokens=10)
+    assert needs.flops == 2 * weights + 4 * looked_at * 32 * 4
+    assert needs.bytes == weights * 4 / 10 + 2 * 32
+
+
+def test_what_training_and_decoding_need_is_counted_by_hand() -> None:
+    memory = Memory(MemoryConfig(8, 12, 2, "silu", gated=True, vocab_size=20))
+    weights = 2 * 3 * 8 * 12 + 8 * 20
+    assert roofline.step_needs(memory, 4, "float32") == Needs(
+        6 * weights, 7 * 4 * weights / 4, "float32"
+    )
+    assert roofline.decode_needs(weights, 2, 8, "bfloat16") == Needs(
+        16 * weights, 2 * weights, "bfloat16"
+    )
+    assert roofline.search_needs(1000, 8) == Needs(16_000, 32, "float32")
+
+
+def test_weights_that_are_shared_count_once() -> None:
+    tied = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4), "b": torch.nn.Linear(3, 4)})
+    tied["b"].weight = tied["a"].weight
+    assert roofline.matrix_weights(tied) == 12
+
+
+def test_the_page_gets_a_table_a_machine(tmp_path: Path) -> None:
+    figures = [
+        Figure("fast", "ms", 1.234, "slow", 1234.5, Ratio(9.0, 8.0, 10.0), Goal(at_least=10.0)),
+        Figure("lone", "rows/s", 50.0, per_second=50.0, needs=Needs(1, 0, "float32")),
+    ]
+    about = {"machine": {"device": "cpu", "processor": "Chip", "torch_threads": 2, "gpu": None}}
+    entry = results.entry(figures, CEILINGS, 1.0, {})
+    results.merge(tmp_path / "chip.json", about, {"suite": entry})
+    assert json.loads((tmp_path / "chip.json").read_text())["suites"]["suite"]["figures"][1][
+        "of_ceiling"
+    ] == pytest.approx(0.5)
+
+    where = tmp_path / "page.md"
+    where.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.fill(where, tmp_path)
+    page.fill(where, tmp_path)  # filling again changes nothing
+    text = where.read_text()
+    assert text.startswith(f"before\n{page.BEGIN}\n### Chip, 2 threads\n")
+    assert text.endswith(f"### GPU\n\nNot yet measured.\n{page.END}\nafter\n")
+    fast = "| fast | 1.23 ms | slow | 1,234 ms | 9.00 [8.00, 10.00] | ≥ 10 (not reached) |  |"
+    assert fast in text
+    assert "| lone | 50 rows/s |  |  |  |  | 50 % |" in text
+    assert "old" not in text
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    where = tmp_path / "page.md"
+    where.write_text("nothing to fill")
+    with pytest.raises(AssertionError, match="lost its marks"):
+        page.fill(where, tmp_path)
+    assert where.read_text() == "nothing to fill"

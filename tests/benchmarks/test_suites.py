@@ -1,0 +1,213 @@
+"""The suites measure what they say, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import (
+    approximate,
+    corpora,
+    datastore,
+    decoding,
+    distillation,
+    gpu_neighbors,
+    machine,
+    neighbors,
+    results,
+    training,
+)
+from benchmarks.__main__ import SUITES, measure, suite
+from benchmarks.figures import Figure
+from benchmarks.setup import Setup
+from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.lessons import Columns, TextLesson
+from mlpmem_rag.memory import MemoryConfig, new_memory
+from mlpmem_rag.pipeline import train
+from mlpmem_rag.report import TrainReport
+from mlpmem_rag.targets import Targets
+
+
+@pytest.fixture(scope="module")
+def setup(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    tiny_memory: Path,
+    tiny_documents: list[Document],
+) -> Setup:
+    """Everything tiny."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "corpus").mkdir()
+    for document in tiny_documents:
+        (folder / "corpus" / f"{document.id}.txt").write_text(document.text)
+    return Setup(
+        folder / "work",
+        device="cpu",
+        dtype="float32",
+        base_model=str(tiny_folder),
+        memory=tiny_memory,
+        corpus=folder / "corpus",
+        search_rows=3000,
+        rounds=2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _work(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.work.mkdir(exist_ok=True)
+    monkeypatch.setattr(decoding, "PROMPT", 8)
+    monkeypatch.setattr(decoding, "STEPS", 2)
+    monkeypatch.setattr(corpora, "PROMPT", 8)
+    monkeypatch.setattr(corpora, "STEPS", 2)
+
+
+def check(figure: Figure) -> None:
+    """A ratio of the two figures, in its interval."""
+    assert figure.ours > 0
+    if figure.ratio is not None:
+        assert figure.ratio.low <= figure.ratio.value <= figure.ratio.high
+
+
+def test_the_datastore_suite_counts_the_corpus(setup: Setup) -> None:
+    (figure,) = datastore.run(setup)
+    check(figure)
+    assert figure.details["tokens"] == sum(len(w.token_ids) for w in setup.windows)
+    assert figure.other is not None
+    assert figure.needs is not None
+    assert figure.needs.flops > 2 * 3 * 32 * 48 * 2, "more than two of its MLPs"
+
+
+def test_the_neighbours_suite_searches_every_row(setup: Setup) -> None:
+    (figure,) = neighbors.run(setup)
+    check(figure)
+    assert figure.details == {"rows": setup.datastore.num_rows, "width": 32}
+
+
+def test_the_approximate_suite_finds_most_of_what_is_nearest(setup: Setup) -> None:
+    speed, exact, found = approximate.run(setup)
+    for figure in (speed, exact, found):
+        check(figure)
+    assert 0.5 < found.ours <= 1.0
+    assert exact.needs is not None
+    assert exact.needs.flops == 2 * 3000 * 32
+
+
+def test_grown_rows_lie_near_the_rows_they_come_from(setup: Setup, tmp_path: Path) -> None:
+    store = setup.datastore
+    many = approximate.grown(store, 5000, tmp_path)
+    assert many.num_rows == 5000
+    keys, old = many.keys(np.arange(5000)), store.keys(np.arange(store.num_rows))
+    assert len(np.unique(keys, axis=0)) > 4500, "copies that differ"
+    spread, grown = old.std(0).mean(), keys.std(0).mean()
+    assert spread < grown < 1.5 * spread
+
+
+def test_the_gpu_suite_searches_where_it_is_told(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "MATRIX", 64)
+    monkeypatch.setattr(gpu_neighbors, "WIDTH", 16)
+    for figure, k in zip(gpu_neighbors.run(setup), (64, 1024), strict=True):
+        check(figure)
+        assert figure.what.endswith(f"k = {k:,}")
+        operations = 2 * 3000**2 * 16
+        assert figure.ours == pytest.approx(operations / float(figure.details["seconds"]) / 1e12)
+
+
+def test_distillation_and_the_released_formulation_agree_on_the_loss(setup: Setup) -> None:
+    """With one vocabulary for both, sparse and dense are the same numbers."""
+    _, folder = distillation.prepared(setup)
+    store, targets = Datastore.open(folder / "datastore"), Targets.open(folder / "targets")
+    width = int(np.max(store.next_tokens)) + 1
+    config = MemoryConfig(32, 48, 1, "silu", gated=True, vocab_size=width)
+    rows = np.arange(0, store.num_rows, 3)
+    memory = new_memory(config, torch.arange(width), None, seed=0)
+    arm = distillation.released(config, store, targets, "cpu")
+    arm.memory.load_state_dict(memory.state_dict())
+    lesson = TextLesson(store, targets, Columns(memory, width), alpha=distillation.ALPHA)
+    expected = lesson.loss(memory, rows, torch.Generator())
+    assert arm.step(rows) == pytest.approx(expected.item(), rel=2e-3)
+
+
+def test_the_distillation_suite_measures_speed_and_memory(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "ROWS", (64,))
+    monkeypatch.setattr(distillation, "ROUNDS", 2)
+    monkeypatch.setattr(distillation, "in_own_process", lambda arm, *_: {"ours": 1.0}.get(arm, 9.0))
+    speed, memory = distillation.run(setup)
+    check(speed)
+    assert memory.ratio is not None
+    assert memory.ratio.value == 1 / 9
+    assert speed.details["vocabulary"] == 300
+    assert speed.details["distinct_tokens"] == len(np.unique(setup.datastore.next_tokens))
+
+
+def test_peak_memory_is_measured_in_a_process_of_its_own(setup: Setup) -> None:
+    """A process with a larger vocabulary needs more, by no less than the larger head."""
+    config, folder = distillation.prepared(setup)
+    wide = replace(config, vocab_size=200_000)
+    peak = distillation.in_own_process("released", setup, wide, folder, rows=4)
+    assert peak > 4 * (4 * 200_000 * 32), "weights, gradients and two moments in float32"
+
+
+def test_the_decoding_suite_times_one_request_and_eight(setup: Setup) -> None:
+    figures = decoding.run(setup)
+    for figure in figures:
+        check(figure)
+    assert [figure.what.rsplit(" ", 1)[1] for figure in figures] == ["1", "1", "8", "8"]
+
+
+def test_the_memory_of_another_corpus_is_as_large(setup: Setup) -> None:
+    (figure,) = corpora.run(setup)
+    check(figure)
+    larger, other = (float(figure.details[f"distinct_tokens{n}"]) for n in ("", "_other"))
+    assert larger >= other > 0
+
+
+def test_the_training_suite_tells_every_stage(
+    setup: Setup,
+    tmp_path: Path,
+    quick_training: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quick(corpus: Corpus, *, out: Path, **given: Any) -> TrainReport:  # noqa: ANN401
+        return train(corpus, out=out, **{**given, **quick_training})
+
+    monkeypatch.setattr("benchmarks.setup.train", quick)
+    base = setup.base_model
+    small = Setup(tmp_path, "cpu", "float32", base, corpus=setup.corpus, trained_documents=6)
+    (figure,) = training.run(small)
+    assert figure.what == "training, 6 documents to a memory"
+    assert {"seconds_datastore", "seconds_distil"} <= set(figure.details)
+
+
+def test_a_run_writes_what_it_has_beside_what_others_had(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "MATRIX", 64)
+    monkeypatch.setattr(machine, "COPIED", 1 << 20)
+    monkeypatch.setattr(machine, "WRITTEN", 1 << 16)
+    monkeypatch.setattr("benchmarks.__main__.suite", lambda name: lambda _: [Figure(name, "s", 1)])
+    said: list[str] = []
+    setup.say = said.append
+    measure(setup, ["neighbors"], Console(quiet=True))
+    path = measure(setup, ["datastore", "gpu_neighbors"], Console(quiet=True))
+    written = json.loads(path.read_text())
+    assert set(written["suites"]) == {"neighbors", "datastore"}
+    assert "gpu_neighbors: only on a GPU" in said
+    assert results.figures_of(written["suites"]["datastore"]) == [Figure("datastore", "s", 1)]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_can_be_named(name: str) -> None:
+    assert callable(suite(name))

@@ -1,0 +1,153 @@
+"""Openings: what prompts begin with is read once, and every answer stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.decoding import Decoding
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.openings import KEPT, SHORTEST, Openings
+from mlpmem_rag.prompts import conversation, prompt_ids
+
+HOUSE = "You answer for the archive."
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<system> " + HOUSE + "\n{% endif %}"
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FIRST, SECOND = "Who found wild honey?", "What was sold for 42 crowns?"
+
+
+@pytest.fixture
+def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def memory(tiny_memory: Path, tokenizer: PreTrainedTokenizerBase) -> MemoryModel:
+    loaded = MemoryModel.load(tiny_memory, device="cpu", dtype="float32")
+    return MemoryModel(loaded.model, tokenizer, loaded.encoder, loaded.confidence)
+
+
+@pytest.fixture
+def read(memory: MemoryModel) -> Iterator[list[int]]:
+    """How many tokens each forward pass of the base model reads."""
+    widths: list[int] = []
+
+    def note(_: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        widths.append(kwargs["input_ids"].shape[1])
+
+    handle = memory.model.base.register_forward_pre_hook(note, with_kwargs=True)
+    yield widths
+    handle.remove()
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_the_opening_ends_where_the_question_begins(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = conversation(tokenizer, asked(FIRST))
+    assert prompt.token_ids == prompt_ids(tokenizer, asked(FIRST))
+    opening = str(tokenizer.decode(prompt.token_ids[: prompt.opening], skip_special_tokens=True))
+    assert opening.rstrip() == f"<system> {HOUSE}\n<user>"
+
+
+def test_a_system_message_belongs_to_the_opening(tokenizer: PreTrainedTokenizerBase) -> None:
+    talk = [{"role": "system", "content": "Be brief."}, *asked(FIRST), *asked(SECOND)]
+    prompt = conversation(tokenizer, talk)
+    opening = str(tokenizer.decode(prompt.token_ids[: prompt.opening], skip_special_tokens=True))
+    assert opening.rstrip() == "<system> Be brief.\n<user>"
+
+
+def test_a_conversation_that_begins_otherwise_has_no_opening(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    talk = [{"role": "assistant", "content": "Good day."}, *asked(FIRST)]
+    assert conversation(tokenizer, talk).opening == 0
+
+
+def test_the_second_question_is_read_from_where_it_begins(
+    memory: MemoryModel, read: list[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first, second = (conversation(tokenizer, asked(text)) for text in (FIRST, SECOND))
+    memory.answer(FIRST, max_new_tokens=1)
+    assert read == [first.opening, len(first.token_ids) - first.opening]
+    read.clear()
+    answer = memory.answer(SECOND, max_new_tokens=1)
+    assert read == [len(second.token_ids) - second.opening]
+    assert answer.prompt_tokens == len(second.token_ids)
+
+
+@pytest.mark.parametrize("question", [FIRST, SECOND])
+def test_the_answer_is_that_of_the_whole_prompt(memory: MemoryModel, question: str) -> None:
+    ids = torch.tensor([prompt_ids(memory.tokenizer, asked(question))])
+    whole = memory.model.generate(
+        inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    memory.answer("Was it here before?", max_new_tokens=3)
+    new = whole[0, ids.shape[1] :]
+    text = str(memory.tokenizer.decode(new, skip_special_tokens=True)).strip()
+    for _ in range(2):  # with the opening as it was left by an answer
+        assert memory.answer(question, max_new_tokens=12).text == text
+
+
+def test_an_answer_does_not_depend_on_what_was_asked_before(memory: MemoryModel) -> None:
+    fresh = memory.answer(SECOND, max_new_tokens=8)
+    memory.answer(FIRST, max_new_tokens=8)
+    again = memory.answer(SECOND, max_new_tokens=8)
+    assert (again.text, again.confidence) == (fresh.text, fresh.confidence)
+
+
+def test_the_base_model_alone_reads_all_at_once(
+    memory: MemoryModel, read: list[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    memory.answer(FIRST, max_new_tokens=1, lambda_=0.0)
+    assert read == [len(prompt_ids(tokenizer, asked(FIRST)))]
+
+
+def test_a_prompt_that_lost_its_beginning_is_read_as_it_is(
+    memory: MemoryModel, read: list[int]
+) -> None:
+    decoding = Decoding(max_new_tokens=memory.context_window - SHORTEST)
+    for _ in memory.reply(asked(FIRST), decoding):
+        break
+    assert read[0] == SHORTEST
+
+
+def test_every_family_goes_on_from_an_opening(family_folder: Path) -> None:
+    backbone = load_backbone(str(family_folder), device="cpu", dtype="float32")
+    ids = torch.arange(3, 33)[None]
+    openings = Openings(backbone.model)
+    with torch.inference_mode():
+        whole = backbone.model(input_ids=ids).logits
+        for _ in range(2):
+            rest = backbone.model(
+                input_ids=ids[:, 20:], past_key_values=openings.cache(range(3, 23))
+            ).logits
+            torch.testing.assert_close(rest, whole[:, 20:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_openings_used_last_are_kept(memory: MemoryModel, read: list[int]) -> None:
+    openings = Openings(memory.model.base)
+    texts = [range(first, first + SHORTEST) for first in range(KEPT + 1)]
+    for text in (*texts[:KEPT], texts[0], texts[KEPT]):
+        openings.cache(text)
+    assert len(read) == KEPT + 1
+    openings.cache(texts[0])
+    assert len(read) == KEPT + 1  # still there
+    openings.cache(texts[1])
+    assert len(read) == KEPT + 2  # gone: it was the one not used for longest
+
+
+def test_a_short_beginning_is_not_worth_it(memory: MemoryModel, read: list[int]) -> None:
+    assert Openings(memory.model.base).cache(range(SHORTEST - 1)) is None
+    assert not read
