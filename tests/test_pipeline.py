@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlpmem_rag import calibrate, heldout, neighbors, pipeline, targets, training
+from mlpmem_rag import calibrate, heldout, neighbors, pipeline, schedule, targets, training
 from mlpmem_rag.artifact import (
     MANIFEST,
     WEIGHTS,
@@ -605,7 +605,8 @@ def _small_self_study() -> Iterator[None]:
     """Enough questions to calibrate with, and no more steps than asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "HELD_OUT_QUESTIONS", 0.2)
-        patch.setattr(training, "MIN_STEPS", 1)
+        for steps in ("MIN_STEPS", "ENOUGH_STEPS"):
+            patch.setattr(schedule, steps, 1)
         yield
 
 
