@@ -40,6 +40,12 @@ def num_cells(rows: int) -> int:
     return max(1, int(min(4 * np.sqrt(rows), rows / 40)))
 
 
+def search_bytes(rows: int, width: int) -> int:
+    """Main memory that a search of so many rows takes at most, keys in their file not counted."""
+    compared = PROBES * rows // num_cells(rows)
+    return 5 * (width + GROUP_ROWS) * compared + 8 * GROUP_ROWS * compared + 48 * rows
+
+
 @dataclass(frozen=True)
 class Cells:
     """Rows of a database in the order of their cells.

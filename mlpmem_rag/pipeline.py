@@ -54,6 +54,7 @@ def train(
     config: TrainConfig | None = None,
     fresh: bool = False,
     strict: bool = False,
+    max_memory: int | None = None,
     on_progress: OnProgress = ignore_progress,
     on_plan: Callable[[Plan], None] | None = None,
     **options: Any,  # noqa: ANN401
@@ -69,6 +70,7 @@ def train(
         config: settings; `options` replace single ones (`size="small"`, `seed=1`, …).
         fresh: do every stage again.
         strict: fail when any source had to be skipped.
+        max_memory: bytes of main memory that the run may take; None: as many as there are.
         on_progress: called often, with the stage and how far it is.
         on_plan: called once with what the run needs, before the work starts.
         **options: fields of `TrainConfig`.
@@ -78,7 +80,7 @@ def train(
         ConfigError: a setting outside what is allowed.
         BaseModelError: the base model cannot be used.
         OutputError: `out` cannot be used.
-        ResourceError: the disk cannot hold the run.
+        ResourceError: the disk or `max_memory` cannot hold the run.
         TrainingError: the loss is no longer finite.
     """
     config = resolve_config(config, options)
@@ -93,11 +95,12 @@ def train(
         if fresh:
             for stage in STAGES:
                 forget_stage(work / stage)
-        plan = _plan(prepared, config, out)
+        plan = _plan(prepared, config, out, max_memory)
         if on_plan is not None:
             on_plan(plan)
         replace(plan, disk_bytes=plan.disk_bytes - folder_bytes(work)).check()
-        return _train(prepared, config, out, work, run, on_progress)
+        stages = Stages(prepared, config, work, on_progress, keys_in_memory=plan.keys_in_memory)
+        return _train(stages, prepared, config, out, work, run)
 
 
 def plan_training(
@@ -106,6 +109,7 @@ def plan_training(
     out: str | Path = ".",
     config: TrainConfig | None = None,
     strict: bool = False,
+    max_memory: int | None = None,
     on_progress: OnProgress = ignore_progress,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Plan, Corpus]:
@@ -115,10 +119,10 @@ def plan_training(
     # Its default, the working folder, may hold the corpus: only a memory is left out.
     exclude = out if is_memory(out) else None
     prepared = prepare(corpus, config, strict=strict, exclude=exclude, on_progress=on_progress)
-    return _plan(prepared, config, out), prepared.corpus
+    return _plan(prepared, config, out, max_memory), prepared.corpus
 
 
-def _plan(prepared: Prepared, config: TrainConfig, out: Path) -> Plan:
+def _plan(prepared: Prepared, config: TrainConfig, out: Path, max_memory: int | None) -> Plan:
     return make_plan(
         prepared.backbone,
         prepared.windows,
@@ -128,6 +132,7 @@ def _plan(prepared: Prepared, config: TrainConfig, out: Path) -> Plan:
         held_out=config.held_out,
         distill=optimisation(config),
         query_size=0 if config.recipe == "paper" else QUERY_SIZE,
+        max_memory=max_memory,
     )
 
 
@@ -144,15 +149,13 @@ class _Trained:
 
 
 def _train(
+    stages: Stages,
     prepared: Prepared,
     config: TrainConfig,
     out: Path,
     work: Path,
     run: str,
-    on_progress: OnProgress,
 ) -> TrainReport:
-    stages = Stages(prepared, config, work, on_progress)
-
     # (hidden state -> next token) for every token of the corpus.
     datastore = stages.datastore()
     note_documents(work, prepared.corpus)

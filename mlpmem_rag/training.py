@@ -105,8 +105,15 @@ class Stages:
     """Each stage once: done in its own folder, or read from there when nothing has changed."""
 
     def __init__(
-        self, prepared: Prepared, config: TrainConfig, work: Path, on_progress: OnProgress
+        self,
+        prepared: Prepared,
+        config: TrainConfig,
+        work: Path,
+        on_progress: OnProgress,
+        *,
+        keys_in_memory: bool = True,
     ) -> None:
+        self._keys_in_memory = keys_in_memory
         self._prepared = prepared
         self._config = config
         self._work = work
@@ -138,6 +145,7 @@ class Stages:
                 folder,
                 k=config.neighbors,
                 device=self._prepared.backbone.device,
+                in_memory=self._keys_in_memory,
                 on_progress=self._on_progress,
             )
 
@@ -271,7 +279,11 @@ class Stages:
             if not done:
                 encoder = load_encoder(self._config.encoder, prepared.backbone)
                 study_rows(
-                    prepared.backbone, encoder, questions, on_progress=self._on_progress
+                    prepared.backbone,
+                    encoder,
+                    questions,
+                    folder=folder,
+                    on_progress=self._on_progress,
                 ).save(folder)
                 encode_contexts(encoder, prepared.backbone.tokenizer, prepared.windows).save(folder)
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))

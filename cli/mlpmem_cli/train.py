@@ -34,6 +34,7 @@ def train(
             "--fresh/--resume", help="Do every stage again, or go on where an earlier run stopped."
         ),
     ] = False,
+    max_memory: options.MaxMemoryOption = None,
     strict: options.StrictOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -44,6 +45,7 @@ def train(
     """
     from mlpmem_cli import display
     from mlpmem_rag import train as run_training
+    from mlpmem_rag.sizes import parse_size
 
     display.quiet_libraries()
     console = display.stderr()
@@ -63,6 +65,7 @@ def train(
             dtype=dtype.value,
             seed=seed,
             fresh=fresh,
+            max_memory=None if max_memory is None else parse_size(max_memory),
             strict=strict,
             on_progress=on_progress,
             on_plan=lambda plan: console.print(display.plan_table(plan)),
