@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from mlpmem_rag.artifact import (
     FORMAT_VERSION,
+    WORK,
     Manifest,
     MemorySettings,
     load_manifest,
@@ -25,12 +27,14 @@ from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillReport
 from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.hardware import resolve_device
 from mlpmem_rag.index import import_faiss
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.output import is_memory, output_folder
 from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
 from mlpmem_rag.preparation import Prepared, prepare, run_key
+from mlpmem_rag.processes import Team, join_team
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE
@@ -86,21 +90,42 @@ def train(
     config = resolve_config(config, options)
     import_faiss()  # refuse now rather than after the datastore
     out = Path(out)
-    with output_folder(out) as work:
+    team = join_team(resolve_device(config.device))
+    if not team.first:
+        on_progress, on_plan = ignore_progress, None
+    with _work_folder(out, team) as work:
         prepared = prepare(corpus, config, strict=strict, exclude=out, on_progress=on_progress)
         config = resolved(config, prepared.backbone)
         run = run_key(prepared, config)
         if not fresh and (done := finished_run(out, run)) is not None:
             return done
-        if fresh:
+        team.wait()  # all have seen what was there before
+        if fresh and team.first:
             for stage in STAGES:
                 forget_stage(work / stage)
         plan = _plan(prepared, config, out, max_memory)
         if on_plan is not None:
             on_plan(plan)
-        replace(plan, disk_bytes=plan.disk_bytes - folder_bytes(work)).check()
-        stages = Stages(prepared, config, work, on_progress, keys_in_memory=plan.keys_in_memory)
-        return _train(stages, prepared, config, out, work, run)
+        if team.first:
+            replace(plan, disk_bytes=plan.disk_bytes - folder_bytes(work)).check()
+        stages = Stages(
+            prepared, config, work, on_progress, keys_in_memory=plan.keys_in_memory, team=team
+        )
+        return _train(stages, prepared, config, out, work, run, team)
+
+
+@contextmanager
+def _work_folder(out: Path, team: Team) -> Iterator[Path]:
+    """The working folder; the first process of a team makes it and holds its lock."""
+    if team.first:
+        with output_folder(out) as work:
+            team.wait()
+            yield work
+            team.wait()
+    else:
+        team.wait()
+        yield out / WORK
+        team.wait()
 
 
 def plan_training(
@@ -155,10 +180,12 @@ def _train(
     out: Path,
     work: Path,
     run: str,
+    team: Team,
 ) -> TrainReport:
     # (hidden state -> next token) for every token of the corpus.
     datastore = stages.datastore()
-    note_documents(work, prepared.corpus)
+    if team.first:
+        note_documents(work, prepared.corpus)
 
     # Only training rows may be neighbours: what teacher and memory know of the held-out rows
     # is what the others tell.
@@ -201,7 +228,8 @@ def _train(
         ),
         memory_bytes=sum(t.numel() * t.element_size() for t in memory.state_dict().values()),
     )
-    _save(report, prepared, config, trained, run)
+    if team.first:
+        _save(report, prepared, config, trained, run)
     return report
 
 

@@ -48,6 +48,7 @@ from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.plan import FINISHING
 from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
+from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
 from mlpmem_rag.query import load_encoder
 from mlpmem_rag.questions import (
@@ -55,6 +56,7 @@ from mlpmem_rag.questions import (
     load_questions,
     save_questions,
 )
+from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
 from mlpmem_rag.storage import write_json
@@ -112,7 +114,9 @@ class Stages:
         on_progress: OnProgress,
         *,
         keys_in_memory: bool = True,
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
         self._keys_in_memory = keys_in_memory
         self._prepared = prepared
         self._config = config
@@ -122,13 +126,14 @@ class Stages:
 
     def datastore(self) -> Datastore:
         """(hidden state -> next token) for every token of the corpus."""
-        with self._stage("datastore", self._keys["datastore"]) as (folder, done):
+        with self._stage("datastore", self._keys["datastore"], shared=True) as (folder, done):
             if done:
                 return Datastore.open(folder)
             return build_datastore(
                 self._prepared.backbone,
                 self._prepared.windows,
                 folder,
+                team=self._team,
                 on_progress=self._on_progress,
             )
 
@@ -404,13 +409,17 @@ class Stages:
         stop_epoch: int | None = None,
     ) -> DistillReport:
         """One training of a memory, in the folder of its stage."""
-        with self._stage(stage, key) as (folder, _):
+        with (
+            self._stage(stage, key, shared=True) as (folder, _),
+            self._team.copy_of(folder) as mine,
+            shared_out(lesson, memory, self._team) as part,
+        ):
             return distill(
                 memory,
-                lesson,
+                part,
                 rows,
                 config,
-                folder,
+                mine,
                 validate=validate,
                 stop_epoch=stop_epoch,
                 stage=stage,
@@ -467,15 +476,31 @@ class Stages:
         return stage_key(self._keys[earlier], *settings)
 
     @contextmanager
-    def _stage(self, name: str, key: str) -> Iterator[tuple[Path, bool]]:
-        """The folder of a stage and whether it is finished; marks it so at the end."""
+    def _stage(self, name: str, key: str, *, shared: bool = False) -> Iterator[tuple[Path, bool]]:
+        """The folder of a stage and whether it is finished; marks it so at the end.
+
+        In a team the first process does the stage and the others find it finished, unless its work
+        is shared.
+        """
         self._keys[name] = key
-        folder = self._work / name
+        folder, team = self._work / name, self._team
+        if not team.first:
+            team.wait()
+            yield folder, enter_stage(folder, key)
+            if shared:
+                team.wait()
+            return
         done = enter_stage(folder, key)
         started = time.perf_counter()
+        if shared:
+            team.wait()
         yield folder, done
+        if shared:
+            team.wait()
         if not done:
             finish_stage(folder, key, time.perf_counter() - started)
+        if not shared:
+            team.wait()
 
 
 def long_enough(config: DistillConfig, num_rows: int) -> DistillConfig:
