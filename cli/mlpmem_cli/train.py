@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,8 @@ def train(
             on_progress=on_progress,
             on_plan=lambda plan: console.print(display.plan_table(plan)),
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes: the first one tells
     display.show_skipped(console, report.skipped)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))
