@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from mlpmem_rag.backbone import Backbone, mlp_shape
-from mlpmem_rag.cells import search_bytes
+from mlpmem_rag.cells import compared_rows, num_cells, search_bytes
 from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.hardware import has_bfloat16
-from mlpmem_rag.index import FLAT_MAX_ROWS, STORED_BLOCK
+from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import distillation_loss
 from mlpmem_rag.memory import Memory, derive_config, new_memory
-from mlpmem_rag.neighbors import LARGE_QUERY_BATCH
+from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.windows import Window
 
@@ -119,14 +119,15 @@ def make_plan(
     k = min(k, rows - 1)
     base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     computed = sum(len(window.token_ids) for window in windows)
+    exact = rows <= exact_rows(width, backbone.device)
     stages = (
         DATASTORE_BATCHES * BATCH_TOKENS * shape.intermediate_size * 4,
-        search_memory(rows, width, k),
+        search_memory(rows, width, k, exact=exact),
         4 * parameters * 6,
         study_rows * 2 * query_size + STUDY_TOKENS_PER_TOKEN * rows * 8 if study_rows else 0,
     )
     needed = RUNTIME_BYTES + base_bytes + max(stages)
-    held = 4 * width * rows if rows <= FLAT_MAX_ROWS else 0
+    held = 4 * width * rows if exact and backbone.device.type == "cpu" else 0
     in_memory = max_memory is None or needed + held <= max_memory
     return Plan(
         documents=len({window.document for window in windows}),
@@ -139,6 +140,7 @@ def make_plan(
             rows * (2 * width + 12)  # keys and provenance
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
+            + (0 if exact else rows * 2 * width)  # keys in the cells' order
             + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
@@ -150,9 +152,9 @@ def make_plan(
     )
 
 
-def search_memory(rows: int, width: int, k: int) -> int:
+def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
     """Bytes that the neighbour search takes beside keys that it may hold."""
-    if rows > FLAT_MAX_ROWS:
+    if not exact:
         return search_bytes(rows, width)
     return LARGE_QUERY_BATCH * k * 64 + STORED_BLOCK * width * 8
 
@@ -175,7 +177,8 @@ def _project(
 ) -> dict[str, float]:
     forward = _forward_seconds(backbone) / BATCH_TOKENS
     step = _step_seconds(memory, backbone.device, distill)
-    searched = min(rows, FLAT_MAX_ROWS)
+    exact = rows <= exact_rows(backbone.hidden_size, backbone.device)
+    searched = rows if exact else num_cells(rows) + compared_rows(rows)
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if study_rows:
         forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward

@@ -129,9 +129,18 @@ def test_a_memory_that_is_too_small_is_refused_with_the_numbers(plan: Plan) -> N
         replace(plan, memory_bytes=3 << 29, max_memory=5 << 28).check()
 
 
+def test_a_search_by_cells_is_planned_with_its_copy_of_the_keys(
+    plan: Plan, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpmem_rag.plan.exact_rows", lambda *_: plan.rows - 1)
+    by_cells = make()
+    assert by_cells.disk_bytes == plan.disk_bytes + plan.rows * 2 * 32
+    assert make(max_memory=by_cells.memory_bytes).keys_in_memory, "there are none to be held"
+
+
 def test_a_large_search_is_planned_with_what_a_group_of_rows_takes() -> None:
     # Beyond exact search: 128 of 4,000 cells are 32,000 of a million rows.
-    assert search_memory(1_000_000, 576, 1024) == search_bytes(1_000_000, 576)
+    assert search_memory(1_000_000, 576, 1024, exact=False) == search_bytes(1_000_000, 576)
     distances, keys = 4 * 512 * 32_000, 4 * 576 * 32_000
     assert search_bytes(1_000_000, 576) > distances + keys
     assert search_bytes(1_000_000, 576) < 4 * (distances + keys)
