@@ -40,6 +40,17 @@ def num_cells(rows: int) -> int:
     return max(1, int(min(4 * np.sqrt(rows), rows / 40)))
 
 
+def compared_rows(rows: int) -> int:
+    """How many of so many rows each is compared with, on average."""
+    return min(rows, PROBES * rows // num_cells(rows))
+
+
+def search_bytes(rows: int, width: int) -> int:
+    """Main memory that a search of so many rows takes at most, keys in their file not counted."""
+    compared = compared_rows(rows)
+    return 5 * (width + GROUP_ROWS) * compared + 8 * GROUP_ROWS * compared + 48 * rows
+
+
 @dataclass(frozen=True)
 class Cells:
     """Rows of a database in the order of their cells.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,19 +15,29 @@ from mlpmem_rag.memory import Memory
 from mlpmem_rag.processes import Team
 
 
-class SharedLesson:
-    """A lesson of which each process learns a part of the rows, with the gradient of all.
+@contextmanager
+def shared_out(lesson: Lesson, memory: Memory, team: Team) -> Iterator[Lesson]:
+    """The lesson as a team learns it: each process a part of the rows, with the gradient of all.
 
     Every process takes the same steps: the loss is that of all rows, and each gradient becomes the
     mean over the processes as soon as it is there. Random numbers of a step depend on how many
-    processes there are.
+    processes there are. One process alone learns the lesson itself.
     """
+    if team.count == 1:
+        yield lesson
+        return
+    hooks = [p.register_post_accumulate_grad_hook(_average) for p in memory.parameters()]
+    yield _Part(lesson, team)
+    for hook in hooks:
+        hook.remove()
 
-    def __init__(self, lesson: Lesson, memory: Memory, team: Team) -> None:
+
+class _Part:
+    """Every `count`th row of a lesson."""
+
+    def __init__(self, lesson: Lesson, team: Team) -> None:
         self._lesson = lesson
         self._team = team
-        for parameter in memory.parameters():
-            parameter.register_post_accumulate_grad_hook(_average)
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
         """Mean loss of all rows. *Shape:* (R,) -> ()."""

@@ -46,6 +46,7 @@ from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
+from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
 from mlpmem_rag.query import load_encoder
 from mlpmem_rag.questions import (
@@ -54,6 +55,7 @@ from mlpmem_rag.questions import (
     save_questions,
 )
 from mlpmem_rag.schedule import finishing, long_enough
+from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
 from mlpmem_rag.storage import write_json
@@ -102,8 +104,17 @@ class Stages:
     """Each stage once: done in its own folder, or read from there when nothing has changed."""
 
     def __init__(
-        self, prepared: Prepared, config: TrainConfig, work: Path, on_progress: OnProgress
+        self,
+        prepared: Prepared,
+        config: TrainConfig,
+        work: Path,
+        on_progress: OnProgress,
+        *,
+        keys_in_memory: bool = True,
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
+        self._keys_in_memory = keys_in_memory
         self._prepared = prepared
         self._config = config
         self._work = work
@@ -112,13 +123,14 @@ class Stages:
 
     def datastore(self) -> Datastore:
         """(hidden state -> next token) for every token of the corpus."""
-        with self._stage("datastore", self._keys["datastore"]) as (folder, done):
+        with self._stage("datastore", self._keys["datastore"], shared=True) as (folder, done):
             if done:
                 return Datastore.open(folder)
             return build_datastore(
                 self._prepared.backbone,
                 self._prepared.windows,
                 folder,
+                team=self._team,
                 on_progress=self._on_progress,
             )
 
@@ -135,6 +147,7 @@ class Stages:
                 folder,
                 k=config.neighbors,
                 device=self._prepared.backbone.device,
+                in_memory=self._keys_in_memory,
                 on_progress=self._on_progress,
             )
 
@@ -268,7 +281,11 @@ class Stages:
             if not done:
                 encoder = load_encoder(self._config.encoder, prepared.backbone)
                 study_rows(
-                    prepared.backbone, encoder, questions, on_progress=self._on_progress
+                    prepared.backbone,
+                    encoder,
+                    questions,
+                    folder=folder,
+                    on_progress=self._on_progress,
                 ).save(folder)
                 encode_contexts(encoder, prepared.backbone.tokenizer, prepared.windows).save(folder)
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
@@ -388,13 +405,17 @@ class Stages:
         stop_epoch: int | None = None,
     ) -> DistillReport:
         """One training of a memory, in the folder of its stage."""
-        with self._stage(stage, key) as (folder, _):
+        with (
+            self._stage(stage, key, shared=True) as (folder, _),
+            self._team.copy_of(folder) as mine,
+            shared_out(lesson, memory, self._team) as part,
+        ):
             return distill(
                 memory,
-                lesson,
+                part,
                 rows,
                 config,
-                folder,
+                mine,
                 validate=validate,
                 stop_epoch=stop_epoch,
                 stage=stage,
@@ -451,15 +472,31 @@ class Stages:
         return stage_key(self._keys[earlier], *settings)
 
     @contextmanager
-    def _stage(self, name: str, key: str) -> Iterator[tuple[Path, bool]]:
-        """The folder of a stage and whether it is finished; marks it so at the end."""
+    def _stage(self, name: str, key: str, *, shared: bool = False) -> Iterator[tuple[Path, bool]]:
+        """The folder of a stage and whether it is finished; marks it so at the end.
+
+        In a team the first process does the stage and the others find it finished, unless its work
+        is shared.
+        """
         self._keys[name] = key
-        folder = self._work / name
+        folder, team = self._work / name, self._team
+        if not team.first:
+            team.wait()
+            yield folder, enter_stage(folder, key)
+            if shared:
+                team.wait()
+            return
         done = enter_stage(folder, key)
         started = time.perf_counter()
+        if shared:
+            team.wait()
         yield folder, done
+        if shared:
+            team.wait()
         if not done:
             finish_stage(folder, key, time.perf_counter() - started)
+        if not shared:
+            team.wait()
 
 
 def _perplexity(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mlpmem_rag.artifact import load_manifest, verify_files
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.datastore import build_datastore, length_buckets
@@ -58,6 +59,7 @@ def alone(
     """The same by this process."""
     out = tmp_path_factory.mktemp("alone")
     worker.run(str(tiny_folder), tiny_documents, out, ALONE)
+    worker.train_all(str(tiny_folder), tiny_documents, out / "memory")
     return out
 
 
@@ -81,8 +83,23 @@ def test_two_processes_learn_the_same_memory(together: Path, alone: Path) -> Non
     assert losses[0] == pytest.approx(json.loads((alone / "0.json").read_text()), rel=1e-5)
 
 
+def test_two_processes_train_the_memory_of_one(together: Path, alone: Path) -> None:
+    def names(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    assert names(together / "memory") == names(alone / "memory")
+    two, one = (load_file(out / "memory" / "model.safetensors") for out in (together, alone))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-3)
+    reports = [load_manifest(out / "memory").figures for out in (together, alone)]
+    assert reports[0]["perplexity"]["memory"] == pytest.approx(
+        reports[1]["perplexity"]["memory"], rel=1e-3
+    )
+    verify_files(together / "memory", load_manifest(together / "memory"))
+
+
 def test_without_a_launcher_a_process_is_alone() -> None:
-    assert join_team("cpu") == ALONE
+    assert join_team(torch.device("cpu")) == ALONE
     assert ALONE.first
     ALONE.wait()
 
