@@ -182,8 +182,8 @@ def _project(
     if study_rows:
         forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward
         rows_in_all = rows + study_rows
-        learning = long_enough(distill, rows_in_all).epochs
-        ending = finishing(distill, rows_in_all).epochs if held_out else 0
+        learning = long_enough(distill, rows_in_all, alike=False).epochs
+        ending = finishing(distill, rows_in_all, alike=False).epochs if held_out else 0
         epochs_rows = (learning + ending) * rows_in_all
     return {
         "datastore": computed * forward,

@@ -54,7 +54,7 @@ from mlpmem_rag.questions import (
     load_questions,
     save_questions,
 )
-from mlpmem_rag.schedule import finishing, long_enough
+from mlpmem_rag.schedule import finishing, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
@@ -318,7 +318,8 @@ class Stages:
         config = self._config
         memory = self._blank(datastore, studied)
         rows = curriculum_rows(datastore, studied, text_rows, questions)
-        schedule = long_enough(optimisation(config), len(rows))
+        alike = look_alike(studied.questions, studied.rows)
+        schedule = long_enough(optimisation(config), len(rows), alike=alike)
         shape = asdict(memory.config)
         settings = (asdict(schedule), asdict(config.study), config.alpha, shape)
         key = self._after("targets", self._keys["study"], settings, len(text_rows))
@@ -376,7 +377,8 @@ class Stages:
     ) -> Memory:
         """Go on from the trained memory with everything, what was held out included."""
         num_rows = datastore.num_rows + studied.rows.num_rows
-        config = finishing(optimisation(self._config), num_rows)
+        alike = look_alike(studied.questions, studied.rows)
+        config = finishing(optimisation(self._config), num_rows, alike=alike)
         self._familiarise(memory, studied, np.arange(len(studied.questions)))
         self._distil(
             "refit",
