@@ -24,9 +24,11 @@ from mlpmem_rag.errors import ConfigError, TrainingError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.storage import replace_file, write_json
+from mlpmem_rag.tensors import is_finite
 
 Rows = npt.NDArray[np.int64]
 BEST = "best.safetensors"
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class DistillConfig:
         Raises:
             ConfigError: a value outside what is allowed.
         """
-        if not (self.learning_rate > 0 and self.clip > 0):
+        if not (0 < self.learning_rate < math.inf and 0 < self.clip < math.inf):
             raise ConfigError(
                 f"learning rate {self.learning_rate} and clipping norm {self.clip}: "
                 "allowed are numbers above 0"
@@ -120,7 +122,7 @@ def distill(
     from the last one.
 
     Raises:
-        TrainingError: the loss is no longer finite; the last good checkpoint is kept.
+        TrainingError: a loss or a weight is no longer finite; the last good checkpoint is kept.
     """
     optimizer = torch.optim.AdamW(memory.parameters(), weight_decay=0.0, fused=True)
     last_epoch = min(stop_epoch or config.epochs, config.epochs)
@@ -138,8 +140,9 @@ def distill(
         epoch += 1
         report.train_losses.append(float(np.mean(losses)))
         report.rows_per_second = len(train_rows) / (time.perf_counter() - started)
+        _check_weights(memory, epoch * math.ceil(len(train_rows) / config.batch_rows) - 1, folder)
         if validate is not None:
-            report.validation_losses.append(validate(memory))
+            report.validation_losses.append(_finite_validation(validate(memory), epoch, folder))
         *earlier, last = report.validation_losses or [0.0]
         if validate is None or all(last < loss for loss in earlier):
             report.best_epoch = epoch
@@ -198,11 +201,32 @@ def learning_rate_at(step: int, steps: int, config: DistillConfig) -> float:
 def _finite(loss: Tensor, step: int, folder: Path) -> float:
     value = loss.item()
     if not math.isfinite(value):
-        raise TrainingError(
-            f"the loss became {value} at step {step}; the last good checkpoint is in {folder}. "
-            "Try --dtype float32, another --layer, or a smaller learning rate"
-        )
+        raise _diverged(f"the loss became {value} at step {step}", folder)
     return value
+
+
+def _finite_validation(loss: float, epoch: int, folder: Path) -> float:
+    if not math.isfinite(loss):
+        raise _diverged(f"the validation loss became {loss} in epoch {epoch}", folder)
+    return loss
+
+
+def _check_weights(memory: Memory, step: int, folder: Path) -> None:
+    """Before they are kept: a gradient that is not finite shows in the next loss only."""
+    for name, parameter in memory.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise _diverged(f"{name} was no longer finite after step {step}", folder)
+
+
+def _diverged(what: str, folder: Path) -> TrainingError:
+    state = folder / STATE
+    kept = "there is no earlier checkpoint"
+    if state.is_file():
+        epoch = json.loads(state.read_text())["epoch"]
+        kept = f"the last good checkpoint, of epoch {epoch}, is in {folder}"
+    return TrainingError(
+        f"{what}; {kept}. Try --dtype float32, another --layer, or a smaller learning rate"
+    )
 
 
 def _checkpoint(
@@ -225,7 +249,7 @@ def _checkpoint(
     file = f"last-{epoch % 2}.safetensors"
     replace_file(folder / file, lambda path: save_file(tensors, path))
     state = {"epoch": epoch, "file": file, **asdict(report)}
-    write_json(folder / "state.json", state)
+    write_json(folder / STATE, state)
 
 
 def _resume(
@@ -237,7 +261,7 @@ def _resume(
     patience: int,
 ) -> int:
     """Continue from the last checkpoint; the number of epochs that are done."""
-    path = folder / "state.json"
+    path = folder / STATE
     if not path.is_file():
         return 0
     state = json.loads(path.read_text())

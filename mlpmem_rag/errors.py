@@ -35,5 +35,9 @@ class TrainingError(MLPMemError):
     """Training cannot go on: a loss or a state is not finite."""
 
 
+class ClosedError(MLPMemError):
+    """A memory was closed, and answers no more."""
+
+
 class MissingDependencyError(MLPMemError, ImportError):
     """An optional package is not installed; the message holds the pip command."""

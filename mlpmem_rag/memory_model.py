@@ -121,6 +121,13 @@ class MemoryModel:
         memory.folder, memory.backbone = Path(folder), backbone
         return memory
 
+    def close(self) -> None:
+        """Stop what is being answered, refuse what is asked from now on, and end the thread.
+
+        Not needed where requests are to be finished: a process ends when they are.
+        """
+        self._turns.close()
+
     @property
     def context_window(self) -> int:
         """Tokens that a prompt and what is generated after it may have together."""

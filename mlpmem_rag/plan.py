@@ -21,11 +21,10 @@ from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import distillation_loss
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
+from mlpmem_rag.schedule import finishing, long_enough
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.windows import Window
 
-FINISHING = 0.25
-"""Epochs that end a self-study with what had been held out, as a share of all epochs."""
 QUERY_SIZE = 384
 """Width of the usual sentence encoders' vectors, near enough for a plan."""
 
@@ -182,7 +181,10 @@ def _project(
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if study_rows:
         forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward
-        epochs_rows = distill.epochs * (rows + study_rows) * (1 + (FINISHING if held_out else 0))
+        rows_in_all = rows + study_rows
+        learning = long_enough(distill, rows_in_all, alike=False).epochs
+        ending = finishing(distill, rows_in_all, alike=False).epochs if held_out else 0
+        epochs_rows = (learning + ending) * rows_in_all
     return {
         "datastore": computed * forward,
         "neighbors": rows * searched * _multiply_seconds(backbone.hidden_size),

@@ -99,7 +99,8 @@ def neighbor_weights(distances: npt.NDArray[np.float32], tau: float) -> npt.NDAr
     """Softmax of -d / tau over the neighbours. *Shape:* (R, K) -> (R, K)."""
     there = np.isfinite(distances)
     nearest = np.where(there[:, :1], distances[:, :1], 0.0)  # taken off, so that exp stays in range
-    weights = np.exp((nearest - distances.astype(np.float64)) / tau)
+    with np.errstate(over="ignore"):  # infinitely far for so small a tau: no weight
+        weights = np.exp((nearest - distances.astype(np.float64)) / tau)
     weights[~there] = 0.0
     total = np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float64).tiny)
     normalised: npt.NDArray[np.float32] = (weights / total).astype(np.float32)

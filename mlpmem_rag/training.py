@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,6 @@ from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
-from mlpmem_rag.plan import FINISHING
 from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
@@ -56,6 +54,7 @@ from mlpmem_rag.questions import (
     load_questions,
     save_questions,
 )
+from mlpmem_rag.schedule import finishing, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
@@ -79,8 +78,6 @@ STAGES = (
 DEFAULT_LAMBDA = 0.25
 """Where nothing could be held out to choose it (paper, WikiText)."""
 UNVALIDATED_EPOCHS = 3
-MIN_STEPS = 600
-"""Fewer leave even a small memory unfinished."""
 MEMORY_LAMBDA = 1.0
 """Of a memory with a gate, which lowers it token by token."""
 
@@ -320,10 +317,12 @@ class Stages:
         """A query-aware memory of the given corpus rows and questions."""
         config = self._config
         memory = self._blank(datastore, studied)
-        shape = asdict(memory.config)
-        settings = (asdict(optimisation(config)), asdict(config.study), config.alpha, shape)
-        key = self._after("targets", self._keys["study"], settings, len(text_rows))
         rows = curriculum_rows(datastore, studied, text_rows, questions)
+        alike = look_alike(studied.questions, studied.rows)
+        schedule = long_enough(optimisation(config), len(rows), alike=alike)
+        shape = asdict(memory.config)
+        settings = (asdict(schedule), asdict(config.study), config.alpha, shape)
+        key = self._after("targets", self._keys["study"], settings, len(text_rows))
         self._familiarise(memory, studied, questions)
         report = self._distil(
             "distil",
@@ -331,7 +330,7 @@ class Stages:
             memory,
             self._curriculum(datastore, targets, studied, memory),
             rows,
-            long_enough(optimisation(config), len(rows)),
+            schedule,
         )
         return memory, report
 
@@ -378,9 +377,8 @@ class Stages:
     ) -> Memory:
         """Go on from the trained memory with everything, what was held out included."""
         num_rows = datastore.num_rows + studied.rows.num_rows
-        config = long_enough(optimisation(self._config), num_rows)
-        epochs = max(1, round(FINISHING * config.epochs))
-        config = replace(config, epochs=epochs, learning_rate=config.learning_rate / 2)
+        alike = look_alike(studied.questions, studied.rows)
+        config = finishing(optimisation(self._config), num_rows, alike=alike)
         self._familiarise(memory, studied, np.arange(len(studied.questions)))
         self._distil(
             "refit",
@@ -501,13 +499,6 @@ class Stages:
             finish_stage(folder, key, time.perf_counter() - started)
         if not shared:
             team.wait()
-
-
-def long_enough(config: DistillConfig, num_rows: int) -> DistillConfig:
-    """With more epochs where a small corpus would otherwise get too few steps."""
-    steps = math.ceil(num_rows / config.batch_rows)
-    epochs = max(config.epochs, math.ceil(MIN_STEPS / steps))
-    return replace(config, epochs=epochs, patience=epochs)
 
 
 def _perplexity(

@@ -16,7 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
+from mlpmem_rag.errors import ClosedError
 from mlpmem_rag.threads import release_threads
 
 T = TypeVar("T")
@@ -90,11 +92,31 @@ class Turns:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlpmem-generate")
         self._waiting: deque[_Job] = deque()
+        self._listeners: WeakSet[Listener] = WeakSet()
+        self._closed = False
+
+    def close(self) -> None:
+        """Stop what runs and what waits, refuse what comes, and wait for the thread's end.
+
+        Whoever listens gets a `ClosedError`.
+        """
+        self._closed = True
+        for listener in list(self._listeners):
+            listener.stop.set()
+            listener.end(_closed())
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _listener(self, tell: Callable[[str | _End], None]) -> Listener:
+        if self._closed:
+            raise _closed()
+        listener = Listener(tell)
+        self._listeners.add(listener)
+        return listener
 
     def pieces(self, task: Task[Any]) -> Generator[str, None, None]:
         """What the task gives out. An error inside it is raised here; leaving early stops it."""
         inbox: queue.SimpleQueue[str | _End] = queue.SimpleQueue()
-        job = _Job(self._pool, self._waiting, task, Listener(inbox.put))
+        job = _Job(self._pool, self._waiting, task, self._listener(inbox.put))
         try:
             while not isinstance(piece := inbox.get(), _End):
                 yield piece
@@ -111,7 +133,7 @@ class Turns:
         def tell(piece: str | _End) -> None:
             loop.call_soon_threadsafe(inbox.put_nowait, piece)
 
-        job = _Job(self._pool, self._waiting, task, Listener(tell))
+        job = _Job(self._pool, self._waiting, task, self._listener(tell))
         try:
             while not isinstance(piece := await inbox.get(), _End):
                 yield piece
@@ -119,6 +141,10 @@ class Turns:
             job.cancel()
         if piece.error is not None:
             raise piece.error
+
+
+def _closed() -> ClosedError:
+    return ClosedError("this memory was closed; load it again to ask it")
 
 
 class _Job:

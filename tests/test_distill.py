@@ -16,6 +16,7 @@ from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import (
     DistillConfig,
     DistillReport,
+    Lesson,
     Rows,
     distill,
     learning_rate_at,
@@ -294,8 +295,73 @@ def test_a_loss_that_is_not_finite_names_step_and_folder(tmp_path: Path, task: T
     config = DistillConfig(learning_rate=1e38, epochs=3, batch_rows=60, warmup=0.0)
     with pytest.raises(TrainingError) as caught:
         task.train(tmp_path, config)
-    assert "the loss became nan at step 1;" in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+    assert "the loss became nan at step 1; there is no earlier checkpoint." in str(caught.value)
+
+
+class Failing:
+    """A lesson whose loss, or whose gradient alone, is not finite at one step."""
+
+    def __init__(self, lesson: Lesson, at: int, *, gradient_only: bool) -> None:
+        self.lesson = lesson
+        self.at = at
+        self.gradient_only = gradient_only
+        self.step = -1
+
+    def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
+        self.step += 1
+        loss = self.lesson.loss(memory, rows, generator)
+        if self.step != self.at:
+            return loss
+        if self.gradient_only:  # the slope of the root at 0 is infinite
+            return loss + torch.sqrt(0.0 * memory.lm_head.weight[0, 0])
+        return loss + torch.nan
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("at", "gradient_only", "said"),
+    [
+        (5, False, "the loss became nan at step 5"),
+        (5, True, "the loss became nan at step 6"),
+        (7, True, r"[a-z_0-9.]+ was no longer finite after step 7"),
+    ],
+)
+def test_what_is_not_finite_ends_training_with_the_epoch_before_it_kept(
+    tmp_path: Path, task: Task, at: int, gradient_only: bool, said: str
+) -> None:
+    config = DistillConfig(learning_rate=1e-2, epochs=3, batch_rows=60)  # 4 steps an epoch
+    memory = task.memory()
+    failing = Failing(task.lesson(memory), at, gradient_only=gradient_only)
+    kept: dict[str, bytes] = {}
+
+    def note(event: ProgressEvent) -> None:
+        if event.done == len(TRAIN) + config.batch_rows:  # a step into the second epoch
+            kept.update(content(tmp_path))
+
+    kept_said = rf"{said}; the last good checkpoint, of epoch 1, is in {tmp_path}\. Try"
+    with pytest.raises(TrainingError, match=kept_said):
+        distill(memory, failing, TRAIN, config, tmp_path, validate=None, on_progress=note)
+    assert len(kept) == 3
+    assert content(tmp_path) == kept
+    memory = task.memory()
+    whole = task.memory()
+    for folder, one in ((tmp_path, memory), (tmp_path / "whole", whole)):
+        distill(one, task.lesson(one), TRAIN, config, folder, validate=None)
+    assert equal(memory, whole), "once the cause is gone it goes on as if nothing had happened"
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_best_one(tmp_path: Path, task: Task) -> None:
+    memory = task.memory()
+    config = DistillConfig(epochs=2, batch_rows=60)
+    said = "the validation loss became nan in epoch 1; there is no earlier checkpoint"
+    with pytest.raises(TrainingError, match=said):
+        distill(
+            memory, task.lesson(memory), TRAIN, config, tmp_path, validate=lambda _: float("nan")
+        )
+    assert content(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -304,6 +370,8 @@ def test_a_loss_that_is_not_finite_names_step_and_folder(tmp_path: Path, task: T
         {"warmup": 1.0},
         {"seed": -1},
         {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"clip": float("nan")},
         {"clip": 0.0},
         {"epochs": 0},
         {"batch_rows": 0},

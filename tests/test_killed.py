@@ -158,6 +158,9 @@ PLACES = [
 ]
 
 
+FULL = [p for p in PLACES if p[1] not in ("start", "base") and p != ("self-study", "refit")]
+
+
 @pytest.mark.parametrize(("recipe", "stage"), PLACES)
 def test_killed_at_a_random_moment_of_a_stage(
     tmp_path: Path, trainings: Trainings, whole: dict[str, Whole], recipe: str, stage: str
@@ -198,7 +201,7 @@ def test_killed_while_another_training_replaces_it(
         assert_same(out, whole["paper"], "paper")
 
 
-@pytest.mark.parametrize(("recipe", "stage"), [place for place in PLACES if place[1] != "start"])
+@pytest.mark.parametrize(("recipe", "stage"), FULL)
 def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, trainings: Trainings, whole: dict[str, Whole], recipe: str, stage: str
 ) -> None:
