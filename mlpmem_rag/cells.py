@@ -181,7 +181,7 @@ def centre_ranking(queries: Tensor, centres: Tensor) -> Tensor:
     """
     dtype = torch.bfloat16 if has_bfloat16(queries.device) else torch.float32
     products = queries.to(dtype) @ centres.to(dtype).T
-    return torch.addcmul(centres.square().sum(1), products.float(), products.new_tensor(-2.0))
+    return torch.add(centres.square().sum(1), products.float(), alpha=-2)
 
 
 def nearest_cells(datastore: Datastore, rows: Rows, centre: Tensor, centres: Tensor) -> Rows:

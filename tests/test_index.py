@@ -12,7 +12,7 @@ import torch
 from mlpmem_rag import index as module
 from mlpmem_rag import neighbors, torch_index
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.index import CPU, FLAT_MAX_ROWS, flat_index
+from mlpmem_rag.index import BLAS_FROM, CPU, FLAT_MAX_ROWS, flat_index, import_faiss
 from mlpmem_rag.neighbors import exact_rows, find_neighbors
 from mlpmem_rag.torch_index import TorchIndex
 
@@ -89,6 +89,14 @@ def test_keys_that_are_not_held_are_found_all_the_same(
     read = find_neighbors(store, database, tmp_path / "read", k=k, in_memory=False)
     np.testing.assert_array_equal(read.ids, held.ids)
     np.testing.assert_allclose(read.distances, held.distances, rtol=1e-5)
+
+
+def test_few_queries_are_searched_by_matrix_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = import_faiss()
+    assert faiss.cvar.distance_compute_blas_threshold <= BLAS_FROM
+    # As older builds have it: in queries, not in numbers.
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 20)
+    assert import_faiss().cvar.distance_compute_blas_threshold == 20
 
 
 def test_a_gpu_searches_exactly_what_fits_into_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
