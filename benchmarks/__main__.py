@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import machine, page, results
 from benchmarks.figures import Figure
-from benchmarks.setup import Setup
+from benchmarks.setup import TRAINED_DOCUMENTS, Setup
 from mlpmem_eval.environment import versions
 from mlpmem_rag.embedded import SMOLLM2
 from mlpmem_rag.errors import MLPMemError
@@ -49,7 +49,7 @@ def main(
     other_memory: Annotated[Path | None, typer.Option(help="Of another corpus.")] = None,
     corpus: Annotated[Path, typer.Option(help="Documents.")] = Setup.corpus,
     questions: Annotated[Path, typer.Option(help="About them, jsonl.")] = Setup.questions,
-    documents: Annotated[int, typer.Option(help="To train on; 0: all.")] = 22,
+    documents: Annotated[int, typer.Option(help="To train on; 0: all.")] = TRAINED_DOCUMENTS,
     search_rows: Annotated[int, typer.Option(help="Of the large datastore.")] = 1_000_000,
     rounds: Annotated[int, typer.Option(help="Of a comparison of a second or two.")] = 7,
     write_page: Annotated[

@@ -67,9 +67,10 @@ def timed(
 
 def query_given(model: nn.Module, batch: int) -> dict[str, Tensor]:
     """A query vector for a model that takes one."""
-    width = model.query_size if isinstance(model, MLPMemForCausalLM) else 0
-    vector = torch.full((batch, width), width**-0.5) if width else None
-    return {} if vector is None else {"query_vector": vector}
+    if not isinstance(model, MLPMemForCausalLM) or not model.query_size:
+        return {}
+    width = model.query_size
+    return {"query_vector": torch.full((batch, width), width**-0.5, device=model.device)}
 
 
 def run(setup: Setup) -> list[Figure]:

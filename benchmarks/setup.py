@@ -20,7 +20,7 @@ from mlpmem_rag.report import TrainReport
 from mlpmem_rag.windows import Window, make_windows, tokenize
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TRAINED_DOCUMENTS = 22
+TRAINED_DOCUMENTS = 12
 
 
 @dataclass

@@ -240,12 +240,36 @@ class StudyFigures:
 
 
 @dataclass(frozen=True)
+class HeldOutAnswer:
+    """How sure the memory was of an answer to a question that it had not learned.
+
+    Attributes:
+        question: its number.
+        confidence: probability that the answer is right.
+        right: whether it is.
+    """
+
+    question: int
+    confidence: float
+    right: bool
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """What the held-out parts were for."""
+    """What the held-out parts were for.
+
+    Attributes:
+        gate: of the mixture.
+        confidence: None: there was too little to fit one on.
+        figures: what was measured.
+        answers: to other wordings of what was learned, for whoever weighs the memory against
+            something else.
+    """
 
     gate: Gate
     confidence: Confidence | None
     figures: StudyFigures
+    answers: tuple[HeldOutAnswer, ...] = ()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
@@ -255,6 +279,7 @@ class Calibration:
             Gate(**{name: tuple(weights) for name, weights in values["gate"].items()}),
             Confidence(tuple(confidence["weights"])) if confidence else None,
             StudyFigures(**values["figures"]),
+            tuple(HeldOutAnswer(**answer) for answer in values.get("answers", ())),
         )
 
 
@@ -310,7 +335,12 @@ def calibrate(
         text_gate=float(gate.opening(text.features, asked=False).mean()),
     )
     confidence = fit_confidence([traces[n] for n in held_out], right[held_out].tolist())
-    return Calibration(gate, confidence, figures)
+    answers = [
+        HeldOutAnswer(int(asked[n]), confidence.of(traces[n]), bool(right[n]))
+        for n in range(len(taught), len(taught) + len(known))
+        if confidence is not None
+    ]
+    return Calibration(gate, confidence, figures, tuple(answers))
 
 
 def nearest_answers(

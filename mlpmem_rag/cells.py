@@ -40,6 +40,17 @@ def num_cells(rows: int) -> int:
     return max(1, int(min(4 * np.sqrt(rows), rows / 40)))
 
 
+def compared_rows(rows: int) -> int:
+    """How many of so many rows each is compared with, on average."""
+    return min(rows, PROBES * rows // num_cells(rows))
+
+
+def search_bytes(rows: int, width: int) -> int:
+    """Main memory that a search of so many rows takes at most, keys in their file not counted."""
+    compared = compared_rows(rows)
+    return 5 * (width + GROUP_ROWS) * compared + 8 * GROUP_ROWS * compared + 48 * rows
+
+
 @dataclass(frozen=True)
 class Cells:
     """Rows of a database in the order of their cells.
@@ -170,7 +181,7 @@ def centre_ranking(queries: Tensor, centres: Tensor) -> Tensor:
     """
     dtype = torch.bfloat16 if has_bfloat16(queries.device) else torch.float32
     products = queries.to(dtype) @ centres.to(dtype).T
-    return torch.addcmul(centres.square().sum(1), products.float(), products.new_tensor(-2.0))
+    return torch.add(centres.square().sum(1), products.float(), alpha=-2)
 
 
 def nearest_cells(datastore: Datastore, rows: Rows, centre: Tensor, centres: Tensor) -> Rows:

@@ -63,7 +63,7 @@ HUB_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Source:
     """The folder that a model came from.
 
     Attributes:
@@ -85,7 +85,7 @@ class Provenance:
         return folder if self.merged and folder.is_dir() else None
 
 
-def open_folder(folder: Path, how: Verify = Verify.full) -> Provenance:
+def open_folder(folder: Path, how: Verify = Verify.full) -> Source:
     """Check a local folder against its manifest.
 
     Raises:
@@ -94,10 +94,10 @@ def open_folder(folder: Path, how: Verify = Verify.full) -> Provenance:
     manifest = load_manifest(folder)
     verify_files(folder, manifest, how)
     merged = read_folder_json(folder, CONFIG).get("base_config") is not None
-    return Provenance(folder, manifest, (folder / CARD).read_text(encoding="utf-8"), merged)
+    return Source(folder, manifest, (folder / CARD).read_text(encoding="utf-8"), merged)
 
 
-def check_inside(source: Provenance, config: MLPMemConfig) -> None:
+def check_inside(source: Source, config: MLPMemConfig) -> None:
     """Check the memory's tensors before transformers loads them, which fills in what is missing.
 
     Raises:
@@ -210,7 +210,7 @@ def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], 
     _replace(folder, fill)
 
 
-def copy_memory(source: Provenance, folder: Path) -> None:
+def copy_memory(source: Source, folder: Path) -> None:
     """Write the same files to another folder: what the manifest lists, no training's own."""
 
     def fill(staged: Path) -> None:
@@ -280,8 +280,8 @@ def adopt_tokenizer(model: MLPMemForCausalLM, tokenizer: PreTrainedTokenizerBase
 
 def _origin(model: MLPMemForCausalLM) -> tuple[Manifest, str]:
     """Manifest, without files, and card: as they were read, or the little that is known."""
-    if model.provenance is not None:
-        return replace(model.provenance.manifest, files={}), model.provenance.card
+    if model.source is not None:
+        return replace(model.source.manifest, files={}), model.source.card
     name = (model.config.base or {}).get("name") or "a base model that is inside"
     libraries = ("torch", "transformers")
     manifest = Manifest(

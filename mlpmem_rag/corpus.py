@@ -81,11 +81,6 @@ class Corpus:
                 digest.update(part)
         return digest.hexdigest()
 
-    @property
-    def num_characters(self) -> int:
-        """Length of all texts together."""
-        return sum(len(document.text) for document in self.documents)
-
 
 def read_corpus(
     source: str | Path,

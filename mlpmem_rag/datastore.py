@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.errors import ArtifactError, BaseModelError, CorpusError
+from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.storage import allocate_array, write_json
 from mlpmem_rag.windows import Window
@@ -101,11 +102,13 @@ def build_datastore(
     windows: Sequence[Window],
     folder: Path,
     *,
+    team: Team = ALONE,
     on_progress: OnProgress = ignore_progress,
 ) -> Datastore:
     """Run the base model over all windows and store one row per target token.
 
-    An interrupted build of the same windows goes on where it stopped.
+    An interrupted build of the same windows goes on where it stopped. The processes of a team take
+    batches by turns and write into the same files, so that these are those of one process.
 
     Raises:
         BaseModelError: a hidden state does not fit into float16.
@@ -117,28 +120,46 @@ def build_datastore(
     batches = list(length_buckets(windows))
     first_rows = np.concatenate([[0], np.cumsum([w.num_rows for w in windows])])
     rows = int(first_rows[-1])
-    state = read_state(folder)
     expected = {
         "rows": rows,
         "key_size": backbone.hidden_size,
         "batches": len(batches),
         "content": _fingerprint(backbone, windows),
     }
-    if state is None or any(state.get(key) != value for key, value in expected.items()):
-        state = {**expected, "batches_done": 0}
+    if team.first and _batches_done(folder / STATE, expected) is None:
         _allocate(folder, windows, rows, backbone.hidden_size)
+        write_json(folder / STATE, {**expected, "batches_done": 0})
+    team.wait()
+    finished = _batches_done(folder / STATE, expected) == len(batches)
+    mine = [] if finished else batches[team.index :: team.count]
+    note = folder / (STATE if team.count == 1 else f"part-{team.index}-of-{team.count}.json")
+    done = min(_batches_done(note, expected) or 0, len(mine))
     shards = [np.load(path, mmap_mode="r+") for path in _shard_paths(folder, rows)]
-    done_rows = sum(windows[w].num_rows for b in batches[: state["batches_done"]] for w in b)
-    on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
-    todo = batches[state["batches_done"] :]
-    written = write_keys(backbone, windows, todo, first_rows, shards)
-    for number, batch in enumerate(written, start=state["batches_done"]):
-        done_rows += sum(windows[w].num_rows for w in batch)
+    counted = [sum(windows[w].num_rows for w in batch) for batch in mine]
+    own_rows, total = sum(counted[:done]), sum(counted)
+    on_progress(ProgressEvent("datastore", own_rows if mine else rows, total or rows, "tokens"))
+    written = write_keys(backbone, windows, mine[done:], first_rows, shards)
+    for number, _ in enumerate(written, start=done):
+        own_rows += counted[number]
         if number % 32 == 31:
-            _write_state(folder, {**state, "batches_done": number + 1}, shards)
-        on_progress(ProgressEvent("datastore", done_rows, rows, "tokens"))
-    _write_state(folder, {**state, "batches_done": len(batches)}, shards)
+            _write_state(note, {**expected, "batches_done": number + 1}, shards)
+        on_progress(ProgressEvent("datastore", own_rows, total, "tokens"))
+    for shard in shards:
+        _flush(shard)
+    team.wait()
+    if team.first and not finished:
+        _write_state(folder / STATE, {**expected, "batches_done": len(batches)}, shards)
+        for part in folder.glob("part-*.json"):
+            part.unlink()
+    team.wait()
     return Datastore.open(folder)
+
+
+def _batches_done(note: Path, expected: dict[str, Any]) -> int | None:
+    """What a note says of the same windows; None when it is not there or of others."""
+    state = json.loads(note.read_text()) if note.is_file() else {}
+    same = all(state.get(key) == value for key, value in expected.items())
+    return int(state["batches_done"]) if same else None
 
 
 def write_keys(
@@ -289,9 +310,13 @@ def _write_rows(
 
 
 def _write_state(
-    folder: Path, state: dict[str, Any], shards: Sequence[npt.NDArray[np.float16]]
+    note: Path, state: dict[str, Any], shards: Sequence[npt.NDArray[np.float16]]
 ) -> None:
     for shard in shards:
-        if isinstance(shard, np.memmap):
-            shard.flush()  # rows before the note that they are there
-    write_json(folder / STATE, state)
+        _flush(shard)  # rows before the note that they are there
+    write_json(note, state)
+
+
+def _flush(shard: npt.NDArray[np.float16]) -> None:
+    if isinstance(shard, np.memmap):
+        shard.flush()

@@ -124,8 +124,13 @@ class Generation:
         kind = decoding if decoding.shareable else None
         return Task(generate_together, self, kind, decoding.batch_size)
 
-    def begin(self) -> tuple[Parts, Prompt]:
-        """What it is generated with, and the part of its prompt that there is room for."""
+    @property
+    def parts(self) -> Parts:
+        """What it is generated with; from the beginning of its turn on always the same."""
+        return self._parts()
+
+    def begin(self) -> Prompt:
+        """The turn has come. Returns the part of the prompt that there is room for."""
         parts = self._parts()
         self._parts = lambda: parts  # the same to the end, whatever becomes of the memory
         prompt = self._prompt()
@@ -134,14 +139,14 @@ class Generation:
         self._cut_tokens = len(prompt.token_ids) - self._prompt_tokens
         if self._cut_tokens:
             prompt = Prompt(prompt.token_ids[-self._room :])
-        return parts, prompt
+        return prompt
 
     def writer(
         self, listener: Listener, recorder: Recorder, line: int, eos: Set[int]
     ) -> Callable[[int], bool]:
         """Takes each token, as line `line` of a batch, and says whether it was the last one."""
         self._recorder, self._line = recorder, line
-        tokenizer = self._parts().tokenizer
+        tokenizer = self.parts.tokenizer
         text = TextPieces(
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             self.decoding.stop,
@@ -172,12 +177,12 @@ class Generation:
             confidence=self._confidence(len(times)),
             cut_tokens=self._cut_tokens,
             ended=self._ended,
-            lambda_=self._parts().model.memory_lambda if lambda_ is None else lambda_,
+            lambda_=self.parts.model.memory_lambda if lambda_ is None else lambda_,
         )
 
     def _confidence(self, new_tokens: int) -> float | None:
         """Fitted on greedy answers to questions; of other texts it knows nothing."""
-        confidence, decoding = self._parts().confidence, self.decoding
+        confidence, decoding = self.parts.confidence, self.decoding
         if confidence is None or not self._question or decoding.lambda_ == 0:
             return None
         if decoding.temperature > 0 or decoding.logits_processors:
@@ -188,19 +193,27 @@ class Generation:
 @torch.inference_mode()
 def generate_together(generations: Sequence[Generation], listeners: Sequence[Listener]) -> None:
     """Generate texts with the same settings as one batch; each is given out as it comes."""
-    begun = [generation.begin() for generation in generations]
-    parts, decoding = begun[0][0], generations[0].decoding
+    begun: list[tuple[Generation, Listener, Prompt]] = []
+    for generation, listener in zip(generations, listeners, strict=True):
+        try:
+            begun.append((generation, listener, generation.begin()))
+        except Exception as error:  # the others need not suffer
+            listener.end(error)
+    if not begun:
+        return
+    first = begun[0][0]
+    parts, decoding = first.parts, first.decoding
     model: Any = parts.model  # generate() is annotated for other classes
     mixes = (model.memory_lambda if decoding.lambda_ is None else decoding.lambda_) > 0
-    query = parts.query_vectors([g.asked for g in generations]) if mixes else None
+    query = parts.query_vectors([g.asked for g, _, _ in begun]) if mixes else None
     recorder = Recorder(None if query is None else model.memory.familiarity(query))
     config = _config(parts, decoding)
     eos = set(config.eos_token_id or ())
     writers = [
         generation.writer(listener, recorder, line, eos)
-        for line, (generation, listener) in enumerate(zip(generations, listeners, strict=True))
+        for line, (generation, listener, _) in enumerate(begun)
     ]
-    prompts = [prompt for _, prompt in begun]
+    prompts = [prompt for _, _, prompt in begun]
     # The base model alone reads all at once: in pieces its last bits would be others.
     opening = _shared_opening(prompts) if mixes else []
     token_ids, mask = left_padded(

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import MemorySettings, check_base, load_memory, load_settings
 from mlpmem_rag.backbone import Backbone, resolve_layer
-from mlpmem_rag.checkpoint import Provenance
+from mlpmem_rag.checkpoint import Source
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.query import POOLED, QueryEncoder, fitting_encoder
 
@@ -19,7 +19,7 @@ class Member:
     """What a stack knows of one memory besides its weights."""
 
     settings: MemorySettings
-    provenance: Provenance
+    source: Source
     encoder: QueryEncoder | None
 
     @property
@@ -68,7 +68,7 @@ def slices(members: Iterable[Member]) -> dict[str, slice]:
 
 
 def _encoder(
-    settings: MemorySettings, source: Provenance, backbone: Backbone, others: Iterable[Member]
+    settings: MemorySettings, source: Source, backbone: Backbone, others: Iterable[Member]
 ) -> QueryEncoder | None:
     """The encoder of a memory, shared with the memories that have the same."""
     if not settings.memory.query_size:

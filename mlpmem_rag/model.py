@@ -22,7 +22,7 @@ from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import MemorySettings, check_base, load_memory, load_settings
 from mlpmem_rag.augmented import AugmentedLM
 from mlpmem_rag.backbone import Backbone, load_referenced, resolve_layer
-from mlpmem_rag.checkpoint import Provenance
+from mlpmem_rag.checkpoint import Source
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate
@@ -42,7 +42,7 @@ class MLPMemForCausalLM(AugmentedLM):
         memory: the memory.
         gate: adapts lambda to each token; None: the same everywhere.
         tokenizer: the base's; None where the model was made without one.
-        provenance: where the memory comes from, kept for the next save.
+        source: the folder that the memory comes from, kept for the next save.
     """
 
     config_class = MLPMemConfig
@@ -67,7 +67,7 @@ class MLPMemForCausalLM(AugmentedLM):
         self.memory = memory
         gate = config.gate
         self.gate = Gate(**{n: tuple(w) for n, w in gate.items()}) if gate else None
-        self.provenance: Provenance | None = None
+        self.source: Source | None = None
         self._encoder: QueryEncoder | None = None
         self._tap_layers(config.layer)
         self.base.requires_grad_(False)
@@ -104,7 +104,7 @@ class MLPMemForCausalLM(AugmentedLM):
     @property
     def encoder_source(self) -> str:
         """Where the encoder is loaded from: the memory's own folder, or by its name."""
-        inside = self.provenance.encoder_folder if self.provenance else None
+        inside = self.source.encoder_folder if self.source else None
         return str(inside or self.config.encoder)
 
     @property
@@ -175,9 +175,7 @@ class MLPMemForCausalLM(AugmentedLM):
         hub = {n: kwargs.pop(n) for n in checkpoint.HUB_OPTIONS if n in kwargs}
         folder = Path(save_directory)
         if merge_base is None:
-            merge_base = self.config.base is None or bool(
-                self.provenance and self.provenance.merged
-            )
+            merge_base = self.config.base is None or bool(self.source and self.source.merged)
         if merge_base:
             write: Any = super().save_pretrained
             checkpoint.save_merged(self, folder, lambda inside: write(inside, **kwargs))
@@ -239,7 +237,7 @@ class MLPMemForCausalLM(AugmentedLM):
         loaded = load(source.folder, *args, **kwargs)
         model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base.requires_grad_(False)  # transformers has put new parameters in place
-        model.provenance = source
+        model.source = source
         model.base.generation_config = model.generation_config
         if (source.folder / "tokenizer_config.json").is_file():
             checkpoint.adopt_tokenizer(model, AutoTokenizer.from_pretrained(source.folder))
@@ -308,7 +306,7 @@ def load_model(
 
 
 def _on_its_base(
-    source: Provenance,
+    source: Source,
     settings: MemorySettings,
     base_model: str | None,
     device: str,
@@ -317,11 +315,11 @@ def _on_its_base(
     memory = load_memory(source.folder, settings.memory, num_tokens=settings.base.vocab_size)
     backbone = load_referenced(settings.base, base_model, device=device, dtype=dtype)
     model = attach_memory(backbone, memory, settings)
-    model.provenance = source
+    model.source = source
     return model
 
 
-def _load_beside(source: Provenance, given: dict[str, Any]) -> Any:  # noqa: ANN401
+def _load_beside(source: Source, given: dict[str, Any]) -> Any:  # noqa: ANN401
     """`from_pretrained` of a memory whose base model is elsewhere."""
     options = taken_options(source.folder, given)
     settings = replace(
@@ -339,7 +337,7 @@ def _load_beside(source: Provenance, given: dict[str, Any]) -> Any:  # noqa: ANN
     return (model, info) if options.with_info else model
 
 
-def _base_inside(source: Provenance) -> ConfigError:
+def _base_inside(source: Source) -> ConfigError:
     return ConfigError(f"{source.folder} holds its own base model; leave out base_model")
 
 

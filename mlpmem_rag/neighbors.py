@@ -19,13 +19,23 @@ import torch
 from mlpmem_rag.cells import SCRATCH, CellSearch
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ConfigError, MLPMemError
-from mlpmem_rag.index import CPU, FLAT_MAX_ROWS, Floats, Rows, flat_index, key_centre, stretches
+from mlpmem_rag.index import (
+    CPU,
+    FLAT_MAX_ROWS,
+    Floats,
+    Rows,
+    Searched,
+    StoredIndex,
+    flat_index,
+    key_centre,
+    stretches,
+)
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.storage import allocate_array
 
 MAX_NEIGHBORS = 1024
 QUERY_BATCH = 1024
-CUDA_QUERY_BATCH = 4096
+LARGE_QUERY_BATCH = 4096
 BYTES_ON_GPU = 6
 """Of a number in a key: in half and in single precision."""
 
@@ -65,13 +75,24 @@ class FlatSearch:
     """Every row against every row of the database."""
 
     def __init__(
-        self, datastore: Datastore, database: Rows, centre: Floats, device: torch.device
+        self,
+        datastore: Datastore,
+        database: Rows,
+        centre: Floats,
+        device: torch.device,
+        *,
+        in_memory: bool = True,
     ) -> None:
         self._datastore = datastore
         self._database = database
         self._centre = centre
-        self._index = flat_index(datastore, database, centre, device)
-        self._batch = CUDA_QUERY_BATCH if device.type == "cuda" else QUERY_BATCH
+        self._index: Searched = (
+            flat_index(datastore, database, centre, device)
+            if in_memory
+            else StoredIndex(datastore, database, centre)
+        )
+        many = device.type == "cuda" or not in_memory  # where going through the keys costs most
+        self._batch = LARGE_QUERY_BATCH if many else QUERY_BATCH
 
     def groups(self) -> Iterator[Rows]:
         """Rows in their order."""
@@ -91,6 +112,7 @@ def find_neighbors(
     k: int = MAX_NEIGHBORS,
     flat_max_rows: int | None = None,
     device: torch.device = CPU,
+    in_memory: bool = True,
     on_progress: OnProgress = ignore_progress,
 ) -> Neighbors:
     """Nearest rows of `database` for every row of the datastore, stored in `folder`.
@@ -102,6 +124,7 @@ def find_neighbors(
         k: number of neighbours, at most 1024 and at most the rows there are besides oneself.
         flat_max_rows: database size up to which the search is exact; None: `exact_rows`.
         device: where to compute.
+        in_memory: whether exact search holds all keys, or reads them for each batch of rows.
         on_progress: called after each group of rows.
 
     Raises:
@@ -118,7 +141,7 @@ def find_neighbors(
     distances = allocate_array(folder / "distances.npy", np.float32, shape)
     centre = key_centre(datastore, database)
     search: Search = (
-        FlatSearch(datastore, database, centre, device)
+        FlatSearch(datastore, database, centre, device, in_memory=in_memory)
         if len(database) <= (flat_max_rows or exact_rows(datastore.key_size, device))
         else CellSearch(datastore, database, centre, device, folder)
     )

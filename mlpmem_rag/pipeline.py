@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from mlpmem_rag.artifact import (
     FORMAT_VERSION,
+    WORK,
     Manifest,
     MemorySettings,
     load_manifest,
@@ -25,12 +27,14 @@ from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillReport
 from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.hardware import resolve_device
 from mlpmem_rag.index import import_faiss
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.output import is_memory, output_folder
 from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
 from mlpmem_rag.preparation import Prepared, prepare, run_key
+from mlpmem_rag.processes import Team, join_team
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE
@@ -54,6 +58,7 @@ def train(
     config: TrainConfig | None = None,
     fresh: bool = False,
     strict: bool = False,
+    max_memory: int | None = None,
     on_progress: OnProgress = ignore_progress,
     on_plan: Callable[[Plan], None] | None = None,
     **options: Any,  # noqa: ANN401
@@ -69,6 +74,7 @@ def train(
         config: settings; `options` replace single ones (`size="small"`, `seed=1`, …).
         fresh: do every stage again.
         strict: fail when any source had to be skipped.
+        max_memory: bytes of main memory that the run may take; None: as many as there are.
         on_progress: called often, with the stage and how far it is.
         on_plan: called once with what the run needs, before the work starts.
         **options: fields of `TrainConfig`.
@@ -78,26 +84,48 @@ def train(
         ConfigError: a setting outside what is allowed.
         BaseModelError: the base model cannot be used.
         OutputError: `out` cannot be used.
-        ResourceError: the disk cannot hold the run.
+        ResourceError: the disk or `max_memory` cannot hold the run.
         TrainingError: the loss is no longer finite.
     """
     config = resolve_config(config, options)
     import_faiss()  # refuse now rather than after the datastore
     out = Path(out)
-    with output_folder(out) as work:
+    team = join_team(resolve_device(config.device))
+    if not team.first:
+        on_progress, on_plan = ignore_progress, None
+    with _work_folder(out, team) as work:
         prepared = prepare(corpus, config, strict=strict, exclude=out, on_progress=on_progress)
         config = resolved(config, prepared.backbone)
         run = run_key(prepared, config)
         if not fresh and (done := finished_run(out, run)) is not None:
             return done
-        if fresh:
+        team.wait()  # all have seen what was there before
+        if fresh and team.first:
             for stage in STAGES:
                 forget_stage(work / stage)
-        plan = _plan(prepared, config, out)
+        plan = _plan(prepared, config, out, max_memory)
         if on_plan is not None:
             on_plan(plan)
-        replace(plan, disk_bytes=plan.disk_bytes - folder_bytes(work)).check()
-        return _train(prepared, config, out, work, run, on_progress)
+        if team.first:
+            replace(plan, disk_bytes=plan.disk_bytes - folder_bytes(work)).check()
+        stages = Stages(
+            prepared, config, work, on_progress, keys_in_memory=plan.keys_in_memory, team=team
+        )
+        return _train(stages, prepared, config, out, work, run, team)
+
+
+@contextmanager
+def _work_folder(out: Path, team: Team) -> Iterator[Path]:
+    """The working folder; the first process of a team makes it and holds its lock."""
+    if team.first:
+        with output_folder(out) as work:
+            team.wait()
+            yield work
+            team.wait()
+    else:
+        team.wait()
+        yield out / WORK
+        team.wait()
 
 
 def plan_training(
@@ -106,6 +134,7 @@ def plan_training(
     out: str | Path = ".",
     config: TrainConfig | None = None,
     strict: bool = False,
+    max_memory: int | None = None,
     on_progress: OnProgress = ignore_progress,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Plan, Corpus]:
@@ -115,10 +144,10 @@ def plan_training(
     # Its default, the working folder, may hold the corpus: only a memory is left out.
     exclude = out if is_memory(out) else None
     prepared = prepare(corpus, config, strict=strict, exclude=exclude, on_progress=on_progress)
-    return _plan(prepared, config, out), prepared.corpus
+    return _plan(prepared, config, out, max_memory), prepared.corpus
 
 
-def _plan(prepared: Prepared, config: TrainConfig, out: Path) -> Plan:
+def _plan(prepared: Prepared, config: TrainConfig, out: Path, max_memory: int | None) -> Plan:
     return make_plan(
         prepared.backbone,
         prepared.windows,
@@ -128,6 +157,7 @@ def _plan(prepared: Prepared, config: TrainConfig, out: Path) -> Plan:
         held_out=config.held_out,
         distill=optimisation(config),
         query_size=0 if config.recipe == "paper" else QUERY_SIZE,
+        max_memory=max_memory,
     )
 
 
@@ -144,18 +174,18 @@ class _Trained:
 
 
 def _train(
+    stages: Stages,
     prepared: Prepared,
     config: TrainConfig,
     out: Path,
     work: Path,
     run: str,
-    on_progress: OnProgress,
+    team: Team,
 ) -> TrainReport:
-    stages = Stages(prepared, config, work, on_progress)
-
     # (hidden state -> next token) for every token of the corpus.
     datastore = stages.datastore()
-    note_documents(work, prepared.corpus)
+    if team.first:
+        note_documents(work, prepared.corpus)
 
     # Only training rows may be neighbours: what teacher and memory know of the held-out rows
     # is what the others tell.
@@ -198,7 +228,8 @@ def _train(
         ),
         memory_bytes=sum(t.numel() * t.element_size() for t in memory.state_dict().values()),
     )
-    _save(report, prepared, config, trained, run)
+    if team.first:
+        _save(report, prepared, config, trained, run)
     return report
 
 

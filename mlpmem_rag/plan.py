@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 from mlpmem_rag.backbone import Backbone, mlp_shape
+from mlpmem_rag.cells import compared_rows, num_cells, search_bytes
 from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.hardware import has_bfloat16
-from mlpmem_rag.index import FLAT_MAX_ROWS
+from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import distillation_loss
 from mlpmem_rag.memory import Memory, derive_config, new_memory
-from mlpmem_rag.neighbors import QUERY_BATCH
+from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
+from mlpmem_rag.schedule import finishing, long_enough
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.windows import Window
 
-FINISHING = 0.25
-"""Epochs that end a self-study with what had been held out, as a share of all epochs."""
 QUERY_SIZE = 384
 """Width of the usual sentence encoders' vectors, near enough for a plan."""
 
@@ -32,6 +32,8 @@ STUDY_ROWS_PER_TOKEN = 5.5
 """Rows along the answers of the questions that rules write from a token of English prose."""
 STUDY_TOKENS_PER_TOKEN = 35
 """Tokens of these questions and answers, without the prompts' common beginning."""
+DATASTORE_BATCHES = 6
+"""Times the inner states of one MLP that a forward pass holds at once."""
 RUNTIME_BYTES = 600 * 2**20
 """What Python, torch and FAISS take before any data is there."""
 
@@ -49,8 +51,10 @@ class Plan:
         memory_parameters: size of the memory.
         disk_bytes: largest size of the output folder during the run.
         memory_bytes: largest amount of main memory.
+        keys_in_memory: whether the neighbour search holds all keys there.
         free_disk_bytes: what the output's disk has free.
         seconds: projected time of each stage.
+        max_memory: bytes of main memory that it may take; None: as many as there are.
     """
 
     documents: int
@@ -61,15 +65,23 @@ class Plan:
     memory_parameters: int
     disk_bytes: int
     memory_bytes: int
+    keys_in_memory: bool
     free_disk_bytes: int
     seconds: dict[str, float]
+    max_memory: int | None = None
 
     def check(self) -> None:
-        """Refuse a run that the disk cannot hold.
+        """Refuse a run that the disk, or the memory it may take, cannot hold.
 
         Raises:
-            ResourceError: more is needed than is free.
+            ResourceError: more is needed than is free or allowed.
         """
+        if self.max_memory is not None and self.memory_bytes > self.max_memory:
+            raise ResourceError(
+                f"the run needs {self.memory_bytes / 2**30:.2f} GiB of memory, "
+                f"{self.max_memory / 2**30:.2f} GiB are allowed; allow more, or choose a smaller "
+                "base model, --size small, or fewer --neighbors"
+            )
         if self.disk_bytes > self.free_disk_bytes:
             raise ResourceError(
                 f"the run needs {self.disk_bytes / 2**30:.2f} GiB of disk, "
@@ -88,10 +100,12 @@ def make_plan(
     held_out: float,
     distill: DistillConfig,
     query_size: int = 0,
+    max_memory: int | None = None,
 ) -> Plan:
     """Count what a run needs and measure how fast this machine does its parts (seconds).
 
-    With a query size, questions are studied as well; how many there will be is an estimate.
+    With a query size, questions are studied as well; how many there will be is an estimate. Where
+    memory is limited, the neighbour search reads keys from the disk rather than hold them.
     """
     rows = sum(window.num_rows for window in windows)
     tokens = np.unique(np.concatenate([window.token_ids[window.context :] for window in windows]))
@@ -104,6 +118,16 @@ def make_plan(
     k = min(k, rows - 1)
     base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     computed = sum(len(window.token_ids) for window in windows)
+    exact = rows <= exact_rows(width, backbone.device)
+    stages = (
+        DATASTORE_BATCHES * BATCH_TOKENS * shape.intermediate_size * 4,
+        search_memory(rows, width, k, exact=exact),
+        4 * parameters * 6,
+        study_rows * 2 * query_size + STUDY_TOKENS_PER_TOKEN * rows * 8 if study_rows else 0,
+    )
+    needed = RUNTIME_BYTES + base_bytes + max(stages)
+    held = 4 * width * rows if exact and backbone.device.type == "cpu" else 0
+    in_memory = max_memory is None or needed + held <= max_memory
     return Plan(
         documents=len({window.document for window in windows}),
         tokens=rows + len({window.document for window in windows}),
@@ -115,20 +139,23 @@ def make_plan(
             rows * (2 * width + 12)  # keys and provenance
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
+            + (0 if exact else rows * 2 * width)  # keys in the cells' order
             + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
-        memory_bytes=(
-            RUNTIME_BYTES
-            + base_bytes
-            + 4 * width * min(rows, FLAT_MAX_ROWS)  # flat index
-            + QUERY_BATCH * k * 64
-            + 4 * parameters * 6
-            + study_rows * (2 * width + 2 * query_size)
-        ),
+        memory_bytes=needed + (held if in_memory else 0),
+        keys_in_memory=in_memory,
         free_disk_bytes=shutil.disk_usage(_existing(out)).free,
         seconds=_project(backbone, memory, rows, study_rows, computed, held_out, distill),
+        max_memory=max_memory,
     )
+
+
+def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
+    """Bytes that the neighbour search takes beside keys that it may hold."""
+    if not exact:
+        return search_bytes(rows, width)
+    return LARGE_QUERY_BATCH * k * 64 + STORED_BLOCK * width * 8
 
 
 def _existing(path: Path) -> Path:
@@ -149,11 +176,15 @@ def _project(
 ) -> dict[str, float]:
     forward = _forward_seconds(backbone) / BATCH_TOKENS
     step = _step_seconds(memory, backbone.device, distill)
-    searched = min(rows, FLAT_MAX_ROWS)
+    exact = rows <= exact_rows(backbone.hidden_size, backbone.device)
+    searched = rows if exact else num_cells(rows) + compared_rows(rows)
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if study_rows:
         forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward
-        epochs_rows = distill.epochs * (rows + study_rows) * (1 + (FINISHING if held_out else 0))
+        rows_in_all = rows + study_rows
+        learning = long_enough(distill, rows_in_all, alike=False).epochs
+        ending = finishing(distill, rows_in_all, alike=False).epochs if held_out else 0
+        epochs_rows = (learning + ending) * rows_in_all
     return {
         "datastore": computed * forward,
         "neighbors": rows * searched * _multiply_seconds(backbone.hidden_size),

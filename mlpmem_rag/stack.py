@@ -233,7 +233,7 @@ class MemoryStack(AugmentedLM):
         folder.mkdir(parents=True, exist_ok=True)
         for name, member in self._members.items():
             single = self.single(name)
-            single.provenance = member.provenance
+            single.source = member.source
             single.save_pretrained(folder / name, merge_base=False)
         inside = self.config.base_config
         self.config.base_config = None

@@ -22,7 +22,8 @@ from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import QueryEncoder, Vectors, encoded
 from mlpmem_rag.questions import Question
-from mlpmem_rag.storage import save_array
+from mlpmem_rag.storage import allocate_array, save_array
+from mlpmem_rag.windows import TokenArray
 
 BATCH_TOKENS = 2048
 
@@ -53,10 +54,13 @@ class StudyRows:
         return len(self.next_tokens)
 
     def save(self, folder: Path) -> None:
-        """Write one `.npy` a field."""
+        """Write one `.npy` a field; keys that are mapped from there are there."""
         for field in fields(self):
-            array = getattr(self, field.name)
-            save_array(folder / f"{field.name}.npy", array)
+            array, path = getattr(self, field.name), folder / f"{field.name}.npy"
+            if isinstance(array, np.memmap) and str(array.filename) == str(path.resolve()):
+                array.flush()
+            else:
+                save_array(path, array)
 
     @classmethod
     def open(cls, folder: Path) -> StudyRows:
@@ -70,11 +74,13 @@ def study_rows(
     encoder: QueryEncoder | None,
     questions: Sequence[Question],
     *,
+    folder: Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> StudyRows:
     """Ask the base model every question and note its states along the right answer.
 
-    A question too long for the context window is left without rows.
+    A question too long for the context window is left without rows. With a folder, keys are written
+    to a file there as they come and mapped from it, so that memory does not grow with them.
 
     Raises:
         ConfigError: there are no questions.
@@ -83,17 +89,28 @@ def study_rows(
     if not questions:
         raise ConfigError("there are no questions to study; write some, or give a larger corpus")
     tokenizer = backbone.tokenizer
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": q.text}]) for q in questions]
-    answers = [answer_ids(tokenizer, question.answer) for question in questions]
+    prompts = [
+        np.array(prompt_ids(tokenizer, [{"role": "user", "content": q.text}]), dtype=np.int32)
+        for q in questions
+    ]
+    answers = [np.array(answer_ids(tokenizer, q.answer), dtype=np.int32) for q in questions]
     shared = _common_beginning(prompts)[: min(map(len, prompts)) - 1]
     prefix = backbone.prefix(shared) if shared else None
     # What runs for each question: the rest of the prompt, and the answer without its last token.
-    inputs = [(p + a)[len(shared) : -1] for p, a in zip(prompts, answers, strict=True)]
-    keys: dict[int, npt.NDArray[np.float16]] = {}
-    for batch in _batches(inputs, backbone.context_window - len(shared)):
+    inputs = [
+        np.concatenate([p, a])[len(shared) : -1] for p, a in zip(prompts, answers, strict=True)
+    ]
+    del prompts
+    room = backbone.context_window - len(shared)
+    order = [number for number in range(len(inputs)) if len(inputs[number]) <= room]
+    counts = [len(answers[number]) for number in order]
+    ends = dict(zip(order, np.cumsum(counts).tolist(), strict=True))
+    keys = _place(folder, (sum(counts), backbone.hidden_size))
+    done = 0
+    for batch in _batches(inputs, room):
         token_ids = torch.zeros(len(batch), len(inputs[batch[0]]), dtype=torch.long)
         for line, number in enumerate(batch):
-            token_ids[line, : len(inputs[number])] = torch.tensor(inputs[number])
+            token_ids[line, : len(inputs[number])] = torch.from_numpy(inputs[number])
         token_ids = token_ids.to(backbone.device)
         hidden = (
             backbone.hidden(token_ids, torch.ones_like(token_ids))
@@ -102,15 +119,16 @@ def study_rows(
         )
         for line, number in enumerate(batch):
             end = len(inputs[number])
-            keys[number] = to_float16(hidden[line, end - len(answers[number]) : end])
-        on_progress(ProgressEvent("study", len(keys), len(questions), "questions"))
-    order = sorted(keys)
-    counts = [len(answers[number]) for number in order]
+            length = len(answers[number])
+            states = to_float16(hidden[line, end - length : end])
+            keys[ends[number] - length : ends[number]] = states
+        done += len(batch)
+        on_progress(ProgressEvent("study", done, len(questions), "questions"))
     distinct = list(dict.fromkeys(question.source for question in questions))
     number_of = {source: number for number, source in enumerate(distinct)}
     return StudyRows(
-        keys=np.concatenate([keys[number] for number in order]),
-        next_tokens=np.concatenate([np.array(answers[n], dtype=np.int32) for n in order]),
+        keys=keys,
+        next_tokens=np.concatenate([answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
         query_vectors=encoded(encoder, [question.text for question in questions]),
         source_vectors=encoded(encoder, distinct),
@@ -118,12 +136,19 @@ def study_rows(
     )
 
 
-def _common_beginning(sequences: Sequence[Sequence[int]]) -> list[int]:
+def _place(folder: Path | None, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
+    """Where keys are written: a file, or memory."""
+    if folder is None:
+        return np.empty(shape, dtype=np.float16)
+    return allocate_array(folder / "keys.npy", np.float16, shape)
+
+
+def _common_beginning(sequences: Sequence[TokenArray]) -> list[int]:
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
-    return [tokens[0] for tokens in alike]
+    return [int(tokens[0]) for tokens in alike]
 
 
-def _batches(inputs: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+def _batches(inputs: Sequence[TokenArray], limit: int) -> list[list[int]]:
     """Numbers of inputs of like length, longest first, padding counted."""
     fitting = (number for number in range(len(inputs)) if len(inputs[number]) <= limit)
     batches: list[list[int]] = []

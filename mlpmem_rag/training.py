@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +45,8 @@ from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
-from mlpmem_rag.plan import FINISHING
 from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
+from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
 from mlpmem_rag.query import load_encoder
 from mlpmem_rag.questions import (
@@ -55,6 +54,8 @@ from mlpmem_rag.questions import (
     load_questions,
     save_questions,
 )
+from mlpmem_rag.schedule import finishing, long_enough, look_alike
+from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
 from mlpmem_rag.storage import write_json
@@ -77,8 +78,6 @@ STAGES = (
 DEFAULT_LAMBDA = 0.25
 """Where nothing could be held out to choose it (paper, WikiText)."""
 UNVALIDATED_EPOCHS = 3
-MIN_STEPS = 600
-"""Fewer leave even a small memory unfinished."""
 MEMORY_LAMBDA = 1.0
 """Of a memory with a gate, which lowers it token by token."""
 
@@ -105,8 +104,17 @@ class Stages:
     """Each stage once: done in its own folder, or read from there when nothing has changed."""
 
     def __init__(
-        self, prepared: Prepared, config: TrainConfig, work: Path, on_progress: OnProgress
+        self,
+        prepared: Prepared,
+        config: TrainConfig,
+        work: Path,
+        on_progress: OnProgress,
+        *,
+        keys_in_memory: bool = True,
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
+        self._keys_in_memory = keys_in_memory
         self._prepared = prepared
         self._config = config
         self._work = work
@@ -115,13 +123,14 @@ class Stages:
 
     def datastore(self) -> Datastore:
         """(hidden state -> next token) for every token of the corpus."""
-        with self._stage("datastore", self._keys["datastore"]) as (folder, done):
+        with self._stage("datastore", self._keys["datastore"], shared=True) as (folder, done):
             if done:
                 return Datastore.open(folder)
             return build_datastore(
                 self._prepared.backbone,
                 self._prepared.windows,
                 folder,
+                team=self._team,
                 on_progress=self._on_progress,
             )
 
@@ -138,6 +147,7 @@ class Stages:
                 folder,
                 k=config.neighbors,
                 device=self._prepared.backbone.device,
+                in_memory=self._keys_in_memory,
                 on_progress=self._on_progress,
             )
 
@@ -271,7 +281,11 @@ class Stages:
             if not done:
                 encoder = load_encoder(self._config.encoder, prepared.backbone)
                 study_rows(
-                    prepared.backbone, encoder, questions, on_progress=self._on_progress
+                    prepared.backbone,
+                    encoder,
+                    questions,
+                    folder=folder,
+                    on_progress=self._on_progress,
                 ).save(folder)
                 encode_contexts(encoder, prepared.backbone.tokenizer, prepared.windows).save(folder)
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
@@ -303,10 +317,12 @@ class Stages:
         """A query-aware memory of the given corpus rows and questions."""
         config = self._config
         memory = self._blank(datastore, studied)
-        shape = asdict(memory.config)
-        settings = (asdict(optimisation(config)), asdict(config.study), config.alpha, shape)
-        key = self._after("targets", self._keys["study"], settings, len(text_rows))
         rows = curriculum_rows(datastore, studied, text_rows, questions)
+        alike = look_alike(studied.questions, studied.rows)
+        schedule = long_enough(optimisation(config), len(rows), alike=alike)
+        shape = asdict(memory.config)
+        settings = (asdict(schedule), asdict(config.study), config.alpha, shape)
+        key = self._after("targets", self._keys["study"], settings, len(text_rows))
         self._familiarise(memory, studied, questions)
         report = self._distil(
             "distil",
@@ -314,7 +330,7 @@ class Stages:
             memory,
             self._curriculum(datastore, targets, studied, memory),
             rows,
-            long_enough(optimisation(config), len(rows)),
+            schedule,
         )
         return memory, report
 
@@ -361,9 +377,8 @@ class Stages:
     ) -> Memory:
         """Go on from the trained memory with everything, what was held out included."""
         num_rows = datastore.num_rows + studied.rows.num_rows
-        config = long_enough(optimisation(self._config), num_rows)
-        epochs = max(1, round(FINISHING * config.epochs))
-        config = replace(config, epochs=epochs, learning_rate=config.learning_rate / 2)
+        alike = look_alike(studied.questions, studied.rows)
+        config = finishing(optimisation(self._config), num_rows, alike=alike)
         self._familiarise(memory, studied, np.arange(len(studied.questions)))
         self._distil(
             "refit",
@@ -392,13 +407,17 @@ class Stages:
         stop_epoch: int | None = None,
     ) -> DistillReport:
         """One training of a memory, in the folder of its stage."""
-        with self._stage(stage, key) as (folder, _):
+        with (
+            self._stage(stage, key, shared=True) as (folder, _),
+            self._team.copy_of(folder) as mine,
+            shared_out(lesson, memory, self._team) as part,
+        ):
             return distill(
                 memory,
-                lesson,
+                part,
                 rows,
                 config,
-                folder,
+                mine,
                 validate=validate,
                 stop_epoch=stop_epoch,
                 stage=stage,
@@ -455,22 +474,31 @@ class Stages:
         return stage_key(self._keys[earlier], *settings)
 
     @contextmanager
-    def _stage(self, name: str, key: str) -> Iterator[tuple[Path, bool]]:
-        """The folder of a stage and whether it is finished; marks it so at the end."""
+    def _stage(self, name: str, key: str, *, shared: bool = False) -> Iterator[tuple[Path, bool]]:
+        """The folder of a stage and whether it is finished; marks it so at the end.
+
+        In a team the first process does the stage and the others find it finished, unless its work
+        is shared.
+        """
         self._keys[name] = key
-        folder = self._work / name
+        folder, team = self._work / name, self._team
+        if not team.first:
+            team.wait()
+            yield folder, enter_stage(folder, key)
+            if shared:
+                team.wait()
+            return
         done = enter_stage(folder, key)
         started = time.perf_counter()
+        if shared:
+            team.wait()
         yield folder, done
+        if shared:
+            team.wait()
         if not done:
             finish_stage(folder, key, time.perf_counter() - started)
-
-
-def long_enough(config: DistillConfig, num_rows: int) -> DistillConfig:
-    """With more epochs where a small corpus would otherwise get too few steps."""
-    steps = math.ceil(num_rows / config.batch_rows)
-    epochs = max(config.epochs, math.ceil(MIN_STEPS / steps))
-    return replace(config, epochs=epochs, patience=epochs)
+        if not shared:
+            team.wait()
 
 
 def _perplexity(

@@ -13,7 +13,7 @@ from mlpmem_rag.artifact import (
     load_memory,
     load_settings,
 )
-from mlpmem_rag.checkpoint import Provenance
+from mlpmem_rag.checkpoint import Source
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import MLPMemError
 from mlpmem_rag.integrity import Verify
@@ -55,7 +55,7 @@ def _content_problems(folder: Path, how: Verify) -> tuple[str, ...]:
     return ()
 
 
-def _check_content(source: Provenance) -> None:
+def _check_content(source: Source) -> None:
     if source.merged:
         checkpoint.check_inside(source, MLPMemConfig.from_pretrained(source.folder))
     else:

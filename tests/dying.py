@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from mlpmem_rag import calibrate, pipeline, training
+from mlpmem_rag import calibrate, pipeline, schedule, training
 from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
@@ -150,7 +150,7 @@ def requests() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     calibrate.HELD_OUT_QUESTIONS = 0.2
-    training.MIN_STEPS = 1
+    schedule.MIN_STEPS = schedule.ENOUGH_STEPS = 1
     for request in requests():
         print(json.dumps(fork(request)), flush=True)
 

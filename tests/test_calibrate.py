@@ -17,6 +17,7 @@ from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.calibrate import (
     Calibration,
+    HeldOutAnswer,
     HeldOutRows,
     QuestionSplit,
     StudyFigures,
@@ -375,5 +376,6 @@ def test_its_figures_equal_a_count_of_the_answers(
 def test_it_comes_back_from_json(confidence: Confidence | None) -> None:
     figures = StudyFigures(5, 4, 0.5, taught=0.25, text_gate=math.pi)
     gate = Gate((0.1,) * 6, (1 / 3,) * 6)
-    calibration = Calibration(gate, confidence, figures)
+    answers = (HeldOutAnswer(3, 0.25, right=True), HeldOutAnswer(7, 1 / 3, right=False))
+    calibration = Calibration(gate, confidence, figures, answers)
     assert Calibration.from_dict(json.loads(json.dumps(asdict(calibration)))) == calibration

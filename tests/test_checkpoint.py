@@ -317,8 +317,8 @@ def test_one_form_replaces_the_other(tmp_path: Path, model: MLPMemForCausalLM) -
     assert [path.name for path in folder.glob("*.safetensors*")] == [WEIGHTS]
     inside = MLPMemForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(inside), logits(model))
-    assert inside.provenance is not None
-    assert inside.provenance.merged
+    assert inside.source is not None
+    assert inside.source.merged
 
 
 def test_a_merged_folder_stays_one_when_saved_again(
@@ -410,8 +410,8 @@ def test_pushed_to_a_hub_and_fetched(model: MLPMemForCausalLM, merge: bool) -> N
     assert address == "me/memory: First"
     loaded = MLPMemForCausalLM.from_pretrained("me/memory", dtype="float32")
     assert torch.equal(logits(loaded), logits(model))
-    assert loaded.provenance is not None
-    assert loaded.provenance.merged == merge
+    assert loaded.source is not None
+    assert loaded.source.merged == merge
 
 
 @pytest.mark.usefixtures("hub")

@@ -307,11 +307,6 @@ def test_fingerprint_depends_on_ids_texts_and_order_alone() -> None:
     assert same not in others
 
 
-def test_num_characters() -> None:
-    documents = (Document("a", "four", None, "a"), Document("b", "Zürich", None, "b"))
-    assert Corpus(documents, ()).num_characters == 10
-
-
 def test_sample_corpus_holds_the_answers_to_its_questions() -> None:
     corpus = read_corpus(SAMPLE / "corpus", strict=True)
     texts = {document.id: document.text for document in corpus.documents}

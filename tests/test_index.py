@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mlpmem_rag import index as module
-from mlpmem_rag import torch_index
+from mlpmem_rag import neighbors, torch_index
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.index import CPU, FLAT_MAX_ROWS, flat_index
-from mlpmem_rag.neighbors import exact_rows
+from mlpmem_rag.index import BLAS_FROM, CPU, FLAT_MAX_ROWS, flat_index, import_faiss
+from mlpmem_rag.neighbors import exact_rows, find_neighbors
 from mlpmem_rag.torch_index import TorchIndex
 
 Make = Callable[..., Datastore]
@@ -74,6 +75,28 @@ def test_faiss_and_torch_agree_through_the_same_door(
     assert asked == [torch.device("cuda")]
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 40, 90])
+def test_keys_that_are_not_held_are_found_all_the_same(
+    k: int, tmp_path: Path, datastore_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORED_BLOCK", 32)
+    monkeypatch.setattr(neighbors, "LARGE_QUERY_BATCH", 64)
+    store = datastore_of(np.random.default_rng(k).normal(size=(200, 12)))
+    database = np.arange(0, 200, 2)
+    held = find_neighbors(store, database, tmp_path / "held", k=k)
+    read = find_neighbors(store, database, tmp_path / "read", k=k, in_memory=False)
+    np.testing.assert_array_equal(read.ids, held.ids)
+    np.testing.assert_allclose(read.distances, held.distances, rtol=1e-5)
+
+
+def test_few_queries_are_searched_by_matrix_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = import_faiss()
+    assert faiss.cvar.distance_compute_blas_threshold <= BLAS_FROM
+    # As older builds have it: in queries, not in numbers.
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 20)
+    assert import_faiss().cvar.distance_compute_blas_threshold == 20
 
 
 def test_a_gpu_searches_exactly_what_fits_into_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

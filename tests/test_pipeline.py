@@ -23,7 +23,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlpmem_rag import calibrate, heldout, neighbors, pipeline, targets, training
+from mlpmem_rag import calibrate, heldout, neighbors, pipeline, schedule, targets, training
 from mlpmem_rag.artifact import (
     MANIFEST,
     WEIGHTS,
@@ -34,6 +34,7 @@ from mlpmem_rag.artifact import (
     verify_files,
 )
 from mlpmem_rag.backbone import Backbone, load_backbone
+from mlpmem_rag.calibrate import Calibration
 from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.corpus import Corpus, Document, read_corpus
 from mlpmem_rag.datastore import Datastore
@@ -620,7 +621,8 @@ def _small_self_study() -> Iterator[None]:
     """Enough questions to calibrate with, and no more steps than asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "HELD_OUT_QUESTIONS", 0.2)
-        patch.setattr(training, "MIN_STEPS", 1)
+        for steps in ("MIN_STEPS", "ENOUGH_STEPS"):
+            patch.setattr(schedule, steps, 1)
         yield
 
 
@@ -699,6 +701,19 @@ def test_the_kept_memory_answers_what_it_was_taught(learned: Run, own_questions:
     assert study.taught > 0.5
     base = [memory.answer(row["question"], max_new_tokens=24, lambda_=0.0) for row in rows[:5]]
     assert not any(exact_match(a.text, [r["answer"]]) for a, r in zip(base, rows, strict=False))
+
+
+def test_answers_to_what_was_held_out_are_kept(learned: Run) -> None:
+    """They were right as often as the report says, on questions that were not taught."""
+    work = learned.out / WORK
+    kept = Calibration.from_dict(json.loads((work / "calibration/calibration.json").read_text()))
+    questions = load_questions(work / "questions" / "questions.jsonl")
+    study = learned.report.study
+    assert study is not None
+    assert kept.answers
+    assert np.mean([answer.right for answer in kept.answers]) == study.held_out
+    assert len({questions[answer.question].text for answer in kept.answers}) == len(kept.answers)
+    assert all(0 < answer.confidence < 1 for answer in kept.answers)
 
 
 def test_report_manifest_and_work_of_a_self_study(

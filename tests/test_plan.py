@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.cells import search_bytes
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.pipeline import plan_training
-from mlpmem_rag.plan import Plan, make_plan
+from mlpmem_rag.plan import Plan, make_plan, search_memory
 from mlpmem_rag.windows import TokenArray, make_windows
 
 LENGTH, STRIDE = 40, 25
@@ -43,10 +44,19 @@ def make(tiny_backbone: Backbone, token_ids: list[list[int]]) -> Make:
     """Plans a run over these documents."""
     windows = make_windows(_arrays(token_ids), length=LENGTH, stride=STRIDE)
 
-    def plan(*, k: int = 8, held_out: float = 0.1, size: str = "base") -> Plan:
+    def plan(
+        *, k: int = 8, held_out: float = 0.1, size: str = "base", max_memory: int | None = None
+    ) -> Plan:
         distill = DistillConfig(epochs=2, batch_rows=32)
         return make_plan(
-            tiny_backbone, windows, Path(), size=size, k=k, held_out=held_out, distill=distill
+            tiny_backbone,
+            windows,
+            Path(),
+            size=size,
+            k=k,
+            held_out=held_out,
+            distill=distill,
+            max_memory=max_memory,
         )
 
     return plan
@@ -101,6 +111,40 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(plan: Plan) -> Non
     replace(plan, disk_bytes=3 << 29, free_disk_bytes=3 << 29).check()
     with pytest.raises(ResourceError, match=r"needs 1\.50 GiB .*, 1\.25 GiB are free; free some"):
         replace(plan, disk_bytes=3 << 29, free_disk_bytes=5 << 28).check()
+
+
+def test_keys_are_held_where_the_memory_allows_it(plan: Plan, make: Make) -> None:
+    held = 4 * 32 * plan.rows  # float32, width 32
+    assert make(max_memory=plan.memory_bytes).keys_in_memory
+    tight = make(max_memory=plan.memory_bytes - 1)
+    assert not tight.keys_in_memory
+    assert tight.memory_bytes == plan.memory_bytes - held
+    tight.check()
+
+
+def test_a_memory_that_is_too_small_is_refused_with_the_numbers(plan: Plan) -> None:
+    plan.check()
+    replace(plan, memory_bytes=3 << 29, max_memory=3 << 29).check()
+    with pytest.raises(ResourceError, match=r"1\.50 GiB of memory, 1\.25 GiB are allowed; allow"):
+        replace(plan, memory_bytes=3 << 29, max_memory=5 << 28).check()
+
+
+def test_a_search_by_cells_is_planned_with_its_copy_of_the_keys(
+    plan: Plan, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpmem_rag.plan.exact_rows", lambda *_: plan.rows - 1)
+    by_cells = make()
+    assert by_cells.disk_bytes == plan.disk_bytes + plan.rows * 2 * 32
+    assert make(max_memory=by_cells.memory_bytes).keys_in_memory, "there are none to be held"
+
+
+def test_a_large_search_is_planned_with_what_a_group_of_rows_takes() -> None:
+    # Beyond exact search: 128 of 4,000 cells are 32,000 of a million rows.
+    assert search_memory(1_000_000, 576, 1024, exact=False) == search_bytes(1_000_000, 576)
+    distances, keys = 4 * 512 * 32_000, 4 * 576 * 32_000
+    assert search_bytes(1_000_000, 576) > distances + keys
+    assert search_bytes(1_000_000, 576) < 4 * (distances + keys)
+    assert search_bytes(4_000_000, 576) < 4 * search_bytes(1_000_000, 576), "as the root of rows"
 
 
 def test_planning_writes_nothing_and_asks_the_disk_of_out(

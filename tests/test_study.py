@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import PooledEncoder, Vectors
 from mlpmem_rag.questions import Question
-from mlpmem_rag.study import study_rows
+from mlpmem_rag.study import StudyRows, study_rows
 
 QUESTIONS = [
     Question("Who kept the ledger?", "a clerk", "A clerk kept the ledger.", "a"),
@@ -80,6 +81,16 @@ def test_a_question_beyond_the_context_window_has_no_rows(tiny_backbone: Backbon
     long = Question("ledger " * 400, "a clerk", "s", "a")
     rows = study_rows(tiny_backbone, CountingEncoder(), [QUESTIONS[0], long, QUESTIONS[2]])
     assert set(rows.questions.tolist()) == {0, 2}
+
+
+def test_rows_in_a_file_are_those_in_memory(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    rows = study_rows(tiny_backbone, CountingEncoder(), QUESTIONS)
+    study_rows(tiny_backbone, CountingEncoder(), QUESTIONS, folder=tmp_path).save(tmp_path)
+    stored = StudyRows.open(tmp_path)
+    for field in fields(StudyRows):
+        mine, theirs = (getattr(found, field.name) for found in (rows, stored))
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_progress_counts_questions(tiny_backbone: Backbone) -> None:

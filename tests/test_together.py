@@ -20,7 +20,8 @@ from mlpmem_rag.memory_model import MemoryModel
 T = TypeVar("T")
 TEMPLATE = (
     "<system> You answer for the archive.\n"
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n"
+    "{% if 'forbidden' in m.content %}{{ raise_exception('not allowed') }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 QUESTIONS = ("Who?", "What was found in the old mill?", "And by whom?", "Where is Lake Orsa?")
@@ -164,6 +165,27 @@ def test_who_leaves_does_not_stop_the_others(memory: MemoryModel, passes: Passes
     texts = asyncio.run(while_busy(memory, works, passes))
     expected = [alone(memory, question, decoding).text for question in QUESTIONS]
     assert [text for n, text in enumerate(texts) if n != 1] == expected[:1] + expected[2:]
+
+
+@pytest.mark.parametrize("memory", ["chat"], indirect=True)  # only a template refuses a prompt
+def test_a_prompt_that_cannot_be_made_fails_alone(memory: MemoryModel, passes: Passes) -> None:
+    decoding = Decoding(max_new_tokens=6, batch_size=4)
+
+    async def answered(question: str) -> str:
+        stream = memory.reply(asked(question), decoding)
+        try:
+            async for _ in stream:
+                pass
+        except ConfigError as error:
+            return str(error)
+        return stream.answer.text
+
+    questions = (QUESTIONS[0], "What is forbidden?", QUESTIONS[1])
+    texts = asyncio.run(while_busy(memory, [answered(q) for q in questions], passes))
+    assert max(passes.widths) == 2
+    assert "not allowed" in texts[1]
+    expected = [alone(memory, question, decoding).text for question in QUESTIONS[:2]]
+    assert [texts[0], texts[2]] == expected
 
 
 def test_a_batch_of_none_is_refused() -> None:

@@ -51,8 +51,8 @@ def compare(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Confidence below which memory-first asks RAG. [default: how often RAG was "
-            "right on questions written from the corpus]",
+            help="Confidence below which memory-first asks RAG. [default: the best on "
+            "questions that training held out]",
         ),
     ] = None,
     judge: Annotated[

@@ -90,6 +90,13 @@ EncoderOption = Annotated[
 NeighborsOption = Annotated[
     int | None, typer.Option(help="Neighbours that vote, up to 1024. [default: 1024]")
 ]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Main memory that training may take, such as 4GiB or 800MB. [default: all there is]",
+    ),
+]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Fail when any file had to be skipped.")
 ]

@@ -24,12 +24,14 @@ def plan(
     neighbors: options.NeighborsOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
+    max_memory: options.MaxMemoryOption = None,
     strict: options.StrictOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Say what training would need: tokens, rows, disk, memory, time. Writes nothing."""
     from mlpmem_cli import display
     from mlpmem_rag import plan_training
+    from mlpmem_rag.sizes import parse_size
 
     display.quiet_libraries()
     console = display.stderr()
@@ -44,6 +46,7 @@ def plan(
             neighbors=neighbors,
             device=device.value,
             dtype=dtype.value,
+            max_memory=None if max_memory is None else parse_size(max_memory),
             strict=strict,
             on_progress=on_progress,
         )

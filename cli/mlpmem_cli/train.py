@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ def train(
             "--fresh/--resume", help="Do every stage again, or go on where an earlier run stopped."
         ),
     ] = False,
+    max_memory: options.MaxMemoryOption = None,
     strict: options.StrictOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -44,6 +46,7 @@ def train(
     """
     from mlpmem_cli import display
     from mlpmem_rag import train as run_training
+    from mlpmem_rag.sizes import parse_size
 
     display.quiet_libraries()
     console = display.stderr()
@@ -63,10 +66,13 @@ def train(
             dtype=dtype.value,
             seed=seed,
             fresh=fresh,
+            max_memory=None if max_memory is None else parse_size(max_memory),
             strict=strict,
             on_progress=on_progress,
             on_plan=lambda plan: console.print(display.plan_table(plan)),
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes: the first one tells
     display.show_skipped(console, report.skipped)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))

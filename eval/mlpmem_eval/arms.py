@@ -92,13 +92,13 @@ def _memory_first(bench: Workbench) -> Arm:
     bench.documents(name)
     setting, seconds = bench.tuned_rag
     rag = bench.rag_answerer(name, setting)
-    threshold = bench.memory_first_threshold
+    threshold, fitting = bench.memory_first_threshold
     engine = MemoryFirstQueryEngine(bench.memory_engine, rag.engine, threshold)
     settings = bench.memory_settings | rag.settings | {"threshold": threshold}
     indexed = bench.index(name, setting.words)
     return Arm(
         QueryEngineAnswerer(name, engine, settings),
-        _together(bench.memory_setup, _index_setup(indexed, {"tuning": seconds})),
+        _together(bench.memory_setup, _index_setup(indexed, {"tuning": seconds + fitting})),
     )
 
 

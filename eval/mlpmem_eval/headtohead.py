@@ -46,8 +46,8 @@ class CompareConfig:
         max_new_tokens: most tokens of an answer.
         concurrency: questions that an arm has at the same time.
         warm_up: questions asked of every arm before.
-        threshold: confidence below which `memory-first` asks RAG; None: how often RAG
-            was right on written questions.
+        threshold: confidence below which `memory-first` asks RAG; None: the best on
+            questions that training held out.
         judge: name of an LLM that judges the answers, as `named_llm.load_llm` reads it.
         seed: of everything random.
         base_model: where the base model is, if not where it was in training.

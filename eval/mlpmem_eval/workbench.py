@@ -28,6 +28,7 @@ from mlpmem_eval.rag import (
 )
 from mlpmem_eval.rows import append_lines, read_lines, row_key
 from mlpmem_eval.tuning import Tried, Tuned, tune
+from mlpmem_eval.weighing import held_out_answers, weigh
 from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.embedded import MINILM, embedded_model_path
@@ -170,22 +171,29 @@ class Workbench:
         )
         return candidates[found["best"]], float(found["seconds"])
 
-    @property
-    def memory_first_threshold(self) -> float:
-        """`threshold`, or how often RAG's best setting was right on written questions.
+    @cached_property
+    def memory_first_threshold(self) -> tuple[float, float]:
+        """`threshold`, or the best one on held-out questions; and the seconds that took.
 
-        The memory's confidence is the probability that it is right, calibrated on questions that
-        were held out: where it is lower than that, RAG is the better bet. What the memory itself
-        says to written questions tells nothing, since it was taught them.
+        Training asked the memory questions that it had not learned yet; RAG is asked the same
+        ones. (What the memory says to them now tells nothing, since it has learned them, too.)
+        Where training left none, RAG is asked when the memory is less sure than RAG was right on
+        written questions.
 
         Raises:
             ConfigError: no questions can be written.
         """
         if self.threshold is not None:
-            return self.threshold
-        _ = self.tuned_rag
-        best, *_ = self.searches["rag"]["tried"]
-        return float(best["em"])
+            return self.threshold, 0.0
+        setting, _ = self.tuned_rag
+        held_out = held_out_answers(self.folder)[: len(self._written("memory-first"))]
+        if not held_out:
+            best, *_ = self.searches["rag"]["tried"]
+            return float(best["em"]), 0.0
+        rag = self.rag_answerer("memory-first", setting)
+        questions = [question for question, _ in held_out]
+        found = self._kept("memory-first", [rag.settings], questions, lambda: weigh(held_out, rag))
+        return float(found["threshold"]), float(found["seconds"])
 
     def _written(self, name: str) -> list[EvalQuestion]:
         questions = list(self.tuning_questions())

@@ -140,15 +140,20 @@ def test_distillation_and_the_released_formulation_agree_on_the_loss(setup: Setu
 def test_the_distillation_suite_measures_speed_and_memory(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "ROWS", (64,))
+    def peak(arm: str, *given: object) -> float:
+        return float(str(given[-1])) * {"ours": 1, "released": 3}[arm]
+
+    monkeypatch.setattr(distillation, "ROWS", (16, 64))
     monkeypatch.setattr(distillation, "ROUNDS", 2)
-    monkeypatch.setattr(distillation, "in_own_process", lambda arm, *_: {"ours": 1.0}.get(arm, 9.0))
-    speed, memory = distillation.run(setup)
-    check(speed)
-    assert memory.ratio is not None
-    assert memory.ratio.value == 1 / 9
-    assert speed.details["vocabulary"] == 300
-    assert speed.details["distinct_tokens"] == len(np.unique(setup.datastore.next_tokens))
+    monkeypatch.setattr(distillation, "in_own_process", peak)
+    slow, fast, *memory = distillation.run(setup)
+    for speed in (slow, fast):
+        check(speed)
+        assert speed.details["vocabulary"] == 300
+        assert speed.details["distinct_tokens"] == len(np.unique(setup.datastore.next_tokens))
+    ratios = [figure.ratio.value for figure in memory if figure.ratio]
+    assert ratios == pytest.approx([1 / 3, 1 / 3, 1 / 12])
+    assert [figure.reached for figure in memory] == [None, None, True]
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own(setup: Setup) -> None:

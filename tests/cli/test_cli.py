@@ -156,6 +156,30 @@ def test_train_prints_the_report_and_how_to_go_on(
         assert word not in result.out
 
 
+def test_a_memory_limit_is_planned_with_and_kept(
+    run: Run, train_arguments: list[object], source: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    plan = ["plan", source, "--base-model", tiny_folder, "--recipe", "paper", "--neighbors", 8]
+    needs = json.loads(run(*plan, *TINY, "--json").out)
+    assert needs["keys_in_memory"]
+    limit = needs["memory_bytes"] - 1
+    limited = json.loads(run(*plan, *TINY, "--json", "--max-memory", limit).out)
+    assert (limited["keys_in_memory"], limited["max_memory"]) == (False, limit)
+    assert limited["memory_bytes"] < limit
+    assert run(*train_arguments, "--max-memory", limit).code == 0
+    refused = run(*train_arguments, "--fresh", "--max-memory", "1MiB")
+    assert refused.code == 1
+    assert refused.err.strip().endswith("--size small, or fewer --neighbors")
+    assert "0.00 GiB are allowed" in refused.err
+
+
+def test_only_the_first_of_several_processes_tells_the_result(
+    run: Run, train_arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(*train_arguments).out == ""
+
+
 def test_train_as_json(run: Run, train_arguments: list[object], tmp_path: Path) -> None:
     result = run(*train_arguments, "--json", "--seed", 3, "--size", "small")
     assert result.code == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlpmem_eval.schema import Report
-from mlpmem_rag import training
+from mlpmem_rag import schedule
 from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.pipeline import train
@@ -72,7 +72,8 @@ def studied_memory(
     settings = {"recipe": "self-study", "encoder": "pooled", "base_model": str(roomy_folder)}
     config = TrainConfig(**{**quick_training, **settings}, questions=(str(folder / "own.jsonl"),))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "MIN_STEPS", 1)
+        for steps in ("MIN_STEPS", "ENOUGH_STEPS"):
+            patch.setattr(schedule, steps, 1)
         train(Corpus(tuple(tiny_documents)), out=folder / "memory", config=config)
     return folder / "memory"
 

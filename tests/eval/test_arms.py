@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +22,15 @@ from mlpmem_eval.tuning import tune
 from mlpmem_eval.twin import sharing_base
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.artifact import load_manifest
+from mlpmem_rag.calibrate import Calibration, HeldOutAnswer, StudyFigures
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.questions import Question, save_questions
 from mlpmem_rag.reading import reading_prompt
+from mlpmem_rag.storage import write_json
 
 from .fakes import LetterEncoder
 
@@ -188,7 +193,50 @@ def test_memory_first_asks_rag_where_rag_is_more_often_right(
         return Scripted(name, cast(Any, None), asdict(known))
 
     monkeypatch.setattr(bench, "rag_answerer", scripted)
-    assert bench.memory_first_threshold == 0.25
+    assert bench.memory_first_threshold == (0.25, 0.0)
     assert bench.tuned_rag[0] == best
-    bench.threshold = 0.7
-    assert bench.memory_first_threshold == 0.7
+
+
+def test_memory_first_weighs_both_on_held_out_questions(
+    tiny_documents: list[Document],
+    tiny_memory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The memory is right from .3 on; RAG on the second question alone."""
+    shutil.copytree(tiny_memory, tmp_path / "memory")
+    work = tmp_path / "memory" / "work"
+    (work / "calibration").mkdir()
+    (work / "questions").mkdir()
+    answers = tuple(
+        HeldOutAnswer(n, sure, right=n > 1) for n, sure in enumerate((0.1, 0.2, 0.3, 0.5))
+    )
+    plain = constant_weights(0.5)
+    kept = Calibration(Gate(plain, plain), None, StudyFigures(4, 4, 1.0), answers)
+    write_json(work / "calibration" / "calibration.json", asdict(kept))
+    written = [Question(f"What of {n}?", f"it is {n}", "s", "doc-0") for n in range(5)]
+    save_questions(written, work / "questions" / "questions.jsonl")
+    bench = bench_of(tmp_path / "memory", tiny_documents, tmp_path / "bench")
+    (tmp_path / "bench").mkdir()
+    bench.tuning_questions = lambda: QUESTIONS * 2
+    asked: list[str] = []
+
+    class Scripted(QueryEngineAnswerer):
+        def answer(self, question: str) -> Reply:
+            asked.append(question)
+            return Reply(written[1].answer if question == written[1].text else "nothing")
+
+    monkeypatch.setattr(bench, "rag_answerer", lambda n, _: Scripted(n, cast(Any, None), {}))
+    bench.tuned_rag  # noqa: B018  searched for before
+    asked.clear()
+    threshold, seconds = bench.memory_first_threshold
+    assert asked == [question.text for question in written[:4]]
+    assert threshold == 0.3
+    assert seconds > 0
+    assert bench.searches["memory-first"] | {"seconds": 0, "key": ""} == {
+        "seconds": 0, "key": "", "threshold": 0.3, "right": 0.75, "memory": 0.5, "rag": 0.25,
+        "from_memory": 0.5, "n": 4,
+    }  # fmt: skip
+    again = bench_of(tmp_path / "memory", tiny_documents, tmp_path / "bench")
+    again.threshold = 0.7
+    assert again.memory_first_threshold == (0.7, 0.0)

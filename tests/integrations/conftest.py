@@ -21,8 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from transformers import AutoTokenizer
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
-from mlpmem_rag import calibrate
-from mlpmem_rag import training as training_stages
+from mlpmem_rag import calibrate, schedule
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.lessons import StudyConfig
@@ -161,7 +160,8 @@ def taught(
     out = tmp_path_factory.mktemp("indexes") / "taught"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "HELD_OUT_QUESTIONS", 0.2)
-        patch.setattr(training_stages, "MIN_STEPS", 1)
+        for steps in ("MIN_STEPS", "ENOUGH_STEPS"):
+            patch.setattr(schedule, steps, 1)
         MLPMemIndex.from_documents(documents, out=out, **studying)
     return out
 

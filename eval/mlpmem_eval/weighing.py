@@ -1,0 +1,48 @@
+"""The memory against RAG on questions that it had not learned, to find who is asked when."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llama_index.indices.managed.mlpmem.hybrid import best_threshold
+from mlpmem_eval.answerers import Answerer
+from mlpmem_eval.questions import EvalQuestion
+from mlpmem_rag.artifact import WORK
+from mlpmem_rag.calibrate import Calibration, HeldOutAnswer
+from mlpmem_rag.questions import Question, load_questions
+from mlpmem_rag.scoring import exact_match
+
+
+def held_out_answers(folder: Path) -> list[tuple[EvalQuestion, HeldOutAnswer]]:
+    """What the training of a memory kept of its calibration; nothing where `work/` is gone."""
+    work = folder / WORK
+    kept, written = (
+        work / "calibration" / "calibration.json",
+        work / "questions" / "questions.jsonl",
+    )
+    if not (kept.is_file() and written.is_file()):
+        return []
+    answers = Calibration.from_dict(json.loads(kept.read_text(encoding="utf-8"))).answers
+    questions = load_questions(written)
+    return [(_asked(answer.question, questions[answer.question]), answer) for answer in answers]
+
+
+def _asked(number: int, question: Question) -> EvalQuestion:
+    return EvalQuestion(str(number), question.text, (question.answer,))
+
+
+def weigh(held_out: Sequence[tuple[EvalQuestion, HeldOutAnswer]], rag: Answerer) -> dict[str, Any]:
+    """The threshold with the most right answers, by exact match, and what it gives."""
+    started = time.perf_counter()
+    read = [float(exact_match(rag.answer(q.text).text, q.answers)) for q, _ in held_out]
+    fit = best_threshold(
+        [answer.confidence for _, answer in held_out],
+        [float(answer.right) for _, answer in held_out],
+        read,
+    )
+    return {"seconds": time.perf_counter() - started, **asdict(fit), "n": len(held_out)}
