@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test test-slow test-transformers test-lm-eval fuzz coverage lint format wheel clean
+.PHONY: help setup demo bench test test-slow test-transformers test-lm-eval fuzz mutants coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
@@ -53,6 +53,12 @@ fuzz: setup ## try made-up bytes on every reader of strangers' files, FUZZ_SECON
 		--editable '.[fuzz]'
 	for target in $(FUZZ); do $(BIN)/python -m fuzz.run $$target $(FUZZ_SECONDS) || exit 1; done
 
+mutants: setup ## change the modules that decide numbers, line by line, and list what no test missed
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[mutants]'
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 coverage: setup ## run the tests and list the lines that none of them reached
 	$(BIN)/pytest --cov --cov-report=term
 
@@ -71,5 +77,5 @@ wheel: setup ## build dist/*.whl and check what is in it
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo
+	rm -rf .venv .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from mlpmem_rag.artifact import (
     verify_files,
 )
 from mlpmem_rag.calibrate import ASKED_OPENING, Calibration
+from mlpmem_rag.circumstances import what_decides_bytes
 from mlpmem_rag.config import TrainConfig, optimisation, resolve_config, resolved
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
@@ -308,21 +308,10 @@ def _save(
         corpus={"fingerprint": prepared.corpus.fingerprint, "documents": report.documents},
         training=training,
         figures={**report.to_dict(), "distillation": asdict(trained.distilled)},
-        versions=library_versions(),
+        versions=what_decides_bytes(prepared.backbone.model.device, prepared.backbone.model.dtype),
     )
     card = model_card(report, training)
     save_artifact(Path(report.out), settings, trained.memory, manifest, card)
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what can change a result."""
-    versions = {}
-    for name in ("mlpmem-rag", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def finished_run(out: Path, run: str) -> TrainReport | None:

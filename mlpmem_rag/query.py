@@ -109,7 +109,11 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
 
     try:
         model = SentenceTransformer(
-            path, device=str(backbone.device), trust_remote_code=False, local_files_only=False
+            path,
+            device=str(backbone.device),
+            trust_remote_code=False,
+            local_files_only=False,
+            model_kwargs={"use_safetensors": True},  # nothing is unpickled
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -94,29 +94,33 @@ class Turns:
         self._waiting: deque[_Job] = deque()
         self._listeners: WeakSet[Listener] = WeakSet()
         self._closed = False
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Stop what runs and what waits, refuse what comes, and wait for the thread's end.
 
         Whoever listens gets a `ClosedError`.
         """
-        self._closed = True
-        for listener in list(self._listeners):
+        with self._lock:
+            self._closed = True
+            listeners = list(self._listeners)
+        for listener in listeners:
             listener.stop.set()
             listener.end(_closed())
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _listener(self, tell: Callable[[str | _End], None]) -> Listener:
-        if self._closed:
-            raise _closed()
-        listener = Listener(tell)
-        self._listeners.add(listener)
-        return listener
+    def _job(self, task: Task[Any], tell: Callable[[str | _End], None]) -> _Job:
+        with self._lock:  # after `close` nobody must wait for an end that never comes
+            if self._closed:
+                raise _closed()
+            listener = Listener(tell)
+            self._listeners.add(listener)
+            return _Job(self._pool, self._waiting, task, listener)
 
     def pieces(self, task: Task[Any]) -> Generator[str, None, None]:
         """What the task gives out. An error inside it is raised here; leaving early stops it."""
         inbox: queue.SimpleQueue[str | _End] = queue.SimpleQueue()
-        job = _Job(self._pool, self._waiting, task, self._listener(inbox.put))
+        job = self._job(task, inbox.put)
         try:
             while not isinstance(piece := inbox.get(), _End):
                 yield piece
@@ -133,7 +137,7 @@ class Turns:
         def tell(piece: str | _End) -> None:
             loop.call_soon_threadsafe(inbox.put_nowait, piece)
 
-        job = _Job(self._pool, self._waiting, task, self._listener(tell))
+        job = self._job(task, tell)
         try:
             while not isinstance(piece := await inbox.get(), _End):
                 yield piece

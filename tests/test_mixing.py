@@ -96,6 +96,12 @@ def test_lambda_zero_returns_the_very_logits_whatever_the_gate() -> None:
     assert mix(base, logits(4, 1).log_softmax(-1), CORPUS_TOKENS, 0.0, GATE) is base
 
 
+@pytest.mark.parametrize("lambda_", [0, 0.0, 0.25, 1, 1.0])
+def test_lambda_from_end_to_end_is_taken(lambda_: float) -> None:
+    taken = check_lambda(lambda_)
+    assert (taken, type(taken)) == (lambda_, float)
+
+
 @pytest.mark.parametrize("lambda_", [-0.01, 1.01, float("nan")])
 def test_lambda_outside_is_refused(lambda_: float) -> None:
     with pytest.raises(ConfigError, match=r"allowed are 0 .* to 1"):

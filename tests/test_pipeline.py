@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -415,6 +416,20 @@ def test_the_same_seed_gives_the_same_bytes(
     assert report.perplexity == finished.report.perplexity
     train(source, out=tmp_path / "other", config=config, seed=1)
     assert (tmp_path / "other" / WEIGHTS).read_bytes() != finished.weights
+
+
+def test_the_manifest_says_what_would_change_the_bytes(finished: Run, config: TrainConfig) -> None:
+    manifest = load_manifest(finished.out)
+    assert {
+        "torch": torch.__version__,
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+    }.items() <= manifest.versions.items()
+    assert {"faiss-cpu", "faiss-gpu"} & manifest.versions.keys()
+    assert manifest.training["seed"] == config.seed
+    assert manifest.corpus["fingerprint"]
 
 
 @pytest.mark.parametrize("halfway", [False, True])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from mlpmem_rag.backbone import Backbone, load_backbone
@@ -47,6 +49,18 @@ def test_like_questions_are_nearer_than_unlike_ones(tiny_backbone: Backbone) -> 
         ["Who discovered radium?", "Radium was found by whom?", "How many rooms has the museum?"]
     )
     assert asked @ like > asked @ unlike + 0.3
+
+
+def test_an_encoder_with_pickled_weights_alone_is_refused(
+    tiny_backbone: Backbone, sentence_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sentence_folder, tmp_path / "pickled"))
+    (safe,) = folder.rglob("*.safetensors")
+    assert load_encoder(str(folder), tiny_backbone) is not None
+    torch.save(load_file(safe), safe.with_name("pytorch_model.bin"))
+    safe.unlink()
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*safetensors"):
+        load_encoder(str(folder), tiny_backbone)
 
 
 def test_pooled_is_the_mean_of_the_tapped_states(tiny_backbone: Backbone) -> None:

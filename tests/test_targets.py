@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from mlpmem_rag import targets as module
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
+from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.targets import (
     TAU_FACTORS,
     Targets,
@@ -91,6 +93,38 @@ def test_fewer_tokens_keep_less_mass_and_are_renormalised(tmp_path: Path) -> Non
     assert targets.kept_mass < 0.95
     expected = heaviest / heaviest.sum(1, keepdims=True)
     np.testing.assert_allclose(targets.probs, expected, rtol=1e-3)
+
+
+def test_batches_are_told_stored_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROW_BATCH", 128)
+    neighbors, next_tokens = made_up()
+    events: list[ProgressEvent] = []
+    voted: list[int] = []
+
+    def counted(tokens: Tokens, *rest: Any) -> Any:  # noqa: ANN401
+        voted.append(len(tokens))
+        return vote(tokens, *rest)
+
+    monkeypatch.setattr(module, "vote", counted)
+    folder = tmp_path / "new" / "targets"
+    targets = build_targets(
+        neighbors, next_tokens, folder, tau=3.0, max_tokens=3, on_progress=events.append
+    )
+    assert voted == [128, 128, 44]
+    done = [128, 256, 300]
+    assert events == [ProgressEvent("targets", rows, 300, "rows") for rows in done]
+    heaviest = np.sort(dense(neighbors, next_tokens, 3.0), 1)[:, :-4:-1]
+    assert targets.kept_mass == pytest.approx(heaviest.sum(1).mean(), rel=1e-4)
+    assert [str(targets.token_ids.dtype), str(targets.probs.dtype)] == ["int32", "float16"]
+    again = Targets.open(folder)
+    for name in ("token_ids", "probs"):
+        stored = getattr(again, name)
+        assert isinstance(stored, np.memmap), "larger than memory, perhaps"
+        assert stored.mode == "r"
+        np.testing.assert_array_equal(stored, getattr(targets, name))
+    assert (again.tau, again.kept_mass) == (3.0, targets.kept_mass)
 
 
 VOTES = st.integers(1, 8).flatmap(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mlpmem_rag.pipeline import library_versions
+from mlpmem_rag.circumstances import library_versions
 
 CPU_INFO = Path("/proc/cpuinfo")
 
