@@ -23,7 +23,7 @@ from mlpmem_rag.index import Floats, Rows, stretches
 from mlpmem_rag.nearest import smallest, squared_distances
 from mlpmem_rag.storage import allocate_array
 
-PROBES = 128
+PROBES = 112
 """Cells that a group of queries is compared with."""
 VOTES = 64
 """Nearest cells that a query votes for."""

@@ -131,7 +131,7 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path, memory: Path) -> None:
     (tmp_path / "secret").write_text("…")
     outside = {**manifest, "files": {**manifest["files"], "../secret": {"sha256": "0", "bytes": 1}}}
     (memory / MANIFEST).write_text(json.dumps(outside))
-    with pytest.raises(ArtifactError, match=r"lists \.\./secret, which is not in the folder"):
+    with pytest.raises(ArtifactError, match=r"lists '\.\./secret', which is not in the folder"):
         export_memory(memory, tmp_path / "copy", merge_base=False)
     (memory / MANIFEST).write_text(json.dumps(manifest))
     (memory / WEIGHTS).write_bytes((memory / WEIGHTS).read_bytes()[:-1])

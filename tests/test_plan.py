@@ -139,9 +139,9 @@ def test_a_search_by_cells_is_planned_with_its_copy_of_the_keys(
 
 
 def test_a_large_search_is_planned_with_what_a_group_of_rows_takes() -> None:
-    # Beyond exact search: 128 of 4,000 cells are 32,000 of a million rows.
+    # Beyond exact search: 112 of 4,000 cells are 28,000 of a million rows.
     assert search_memory(1_000_000, 576, 1024, exact=False) == search_bytes(1_000_000, 576)
-    distances, keys = 4 * 512 * 32_000, 4 * 576 * 32_000
+    distances, keys = 4 * 512 * 28_000, 4 * 576 * 28_000
     assert search_bytes(1_000_000, 576) > distances + keys
     assert search_bytes(1_000_000, 576) < 4 * (distances + keys)
     assert search_bytes(4_000_000, 576) < 4 * search_bytes(1_000_000, 576), "as the root of rows"
