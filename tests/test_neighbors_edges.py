@@ -79,8 +79,9 @@ def test_up_to_the_limit_the_search_is_exact(
     class MadeError(Exception):
         """It is enough to know which."""
 
-    def made(*given: Any) -> None:  # noqa: ANN401
+    def made(*given: Any, **how: Any) -> None:  # noqa: ANN401
         used.append(given)
+        assert how == ({"in_memory": True} if flat else {})
         raise MadeError
 
     monkeypatch.setattr(module, "FlatSearch" if flat else "CellSearch", made)
