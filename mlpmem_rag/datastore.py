@@ -24,7 +24,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.errors import ArtifactError, BaseModelError, CorpusError
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.storage import allocate_array, write_json
+from mlpmem_rag.storage import allocate_array, save_array, write_json
 from mlpmem_rag.windows import Window
 
 SHARD_ROWS = 1 << 18
@@ -291,12 +291,12 @@ def _allocate(folder: Path, windows: Sequence[Window], rows: int, key_size: int)
         shape = (min(SHARD_ROWS, rows - number * SHARD_ROWS), key_size)
         allocate_array(path, np.float16, shape)
     targets = [w.token_ids[w.context :] for w in windows]
-    np.save(folder / "next_tokens.npy", np.concatenate(targets))
+    save_array(folder / "next_tokens.npy", np.concatenate(targets))
     counts = [w.num_rows for w in windows]
     documents = np.repeat(np.array([w.document for w in windows], dtype=np.int32), counts)
-    np.save(folder / "documents.npy", documents)
+    save_array(folder / "documents.npy", documents)
     positions = [w.start + np.arange(w.context, len(w.token_ids)) for w in windows]
-    np.save(folder / "positions.npy", np.concatenate(positions).astype(np.int32))
+    save_array(folder / "positions.npy", np.concatenate(positions).astype(np.int32))
 
 
 def _write_rows(
