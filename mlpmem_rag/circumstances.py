@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 
 import torch
 
@@ -35,10 +36,10 @@ def what_decides_bytes(device: torch.device, dtype: torch.dtype) -> dict[str, st
     }
 
 
-def library_versions() -> dict[str, str]:
-    """Installed versions of what can change a result."""
+def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Installed versions of what can change a result; those that are not installed are left out."""
     versions = {}
-    for name in LIBRARIES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

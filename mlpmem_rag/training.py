@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,11 @@ class Studied:
     questions: list[Question]
     rows: StudyRows
     contexts: Contexts
+
+    @cached_property
+    def alike(self) -> bool:
+        """See `look_alike`."""
+        return look_alike(self.questions, self.rows)
 
 
 class Stages:
@@ -318,8 +324,7 @@ class Stages:
         config = self._config
         memory = self._blank(datastore, studied)
         rows = curriculum_rows(datastore, studied, text_rows, questions)
-        alike = look_alike(studied.questions, studied.rows)
-        schedule = long_enough(optimisation(config), len(rows), alike=alike)
+        schedule = long_enough(optimisation(config), len(rows), alike=studied.alike)
         shape = asdict(memory.config)
         settings = (asdict(schedule), asdict(config.study), config.alpha, shape)
         key = self._after("targets", self._keys["study"], settings, len(text_rows))
@@ -377,8 +382,7 @@ class Stages:
     ) -> Memory:
         """Go on from the trained memory with everything, what was held out included."""
         num_rows = datastore.num_rows + studied.rows.num_rows
-        alike = look_alike(studied.questions, studied.rows)
-        config = finishing(optimisation(self._config), num_rows, alike=alike)
+        config = finishing(optimisation(self._config), num_rows, alike=studied.alike)
         self._familiarise(memory, studied, np.arange(len(studied.questions)))
         self._distil(
             "refit",

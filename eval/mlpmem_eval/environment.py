@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -30,13 +29,11 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Installed versions of what can change a figure."""
     more = ("llama-index-core", "scipy", "sentence-transformers", "peft")
-    found = {"python": platform.python_version(), **library_versions()}
-    for name in more:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {
+        "python": platform.python_version(),
+        **library_versions(),
+        **library_versions(more),
+    }
 
 
 def _processor() -> str:
