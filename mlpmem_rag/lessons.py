@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlpmem_rag.contexts import Contexts
+from mlpmem_rag.cross_entropy import SparseTargets, cross_entropy, joined
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import Rows
 from mlpmem_rag.errors import ConfigError
@@ -42,21 +43,25 @@ class Columns:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as a memory takes them, and what its log-probabilities cost there.
+    """Rows as a memory takes them, and what it is to predict there.
 
     Attributes:
         keys: *Shape:* (R, D).
         queries: query vectors; None where the memory takes none. *Shape:* (R, Q).
-        score: mean loss of the rows, from log-probabilities. *Shape:* (R, V) -> ().
+        targets: *Shape:* (R,).
     """
 
     keys: Tensor
     queries: Tensor | None
-    score: Callable[[Tensor], Tensor]
+    targets: SparseTargets
 
     def loss(self, memory: Memory) -> Tensor:
-        """*Shape:* ()."""
-        return self.score(memory_log_probs(memory, self.keys, self.queries))
+        """Mean over rows, computed in bfloat16 where it is fast. *Shape:* ()."""
+        fast = has_bfloat16(self.keys.device)
+        with torch.autocast(self.keys.device.type, torch.bfloat16, enabled=fast):
+            states = memory.states(self.keys, self.queries)
+        dtype = torch.bfloat16 if fast else states.dtype
+        return cross_entropy(states, memory.lm_head.weight, self.targets, dtype)
 
 
 class TextLesson:
@@ -92,11 +97,8 @@ class TextLesson:
         columns = self._columns.of(self._targets.token_ids[rows])
         probs = torch.from_numpy(self._targets.probs[rows].astype(np.float32)).to(columns.device)
         keys, next_columns = self.keys_and_next(rows)
-
-        def score(log_probs: Tensor) -> Tensor:
-            return distillation_loss(log_probs, columns, probs, next_columns, self._alpha)
-
-        return Batch(keys, self._queries(rows, generator), score)
+        targets = distillation_targets(columns, probs, next_columns, self._alpha)
+        return Batch(keys, self._queries(rows, generator), targets)
 
     def _queries(self, rows: Rows, generator: torch.Generator) -> Tensor | None:
         if self._contexts is None:
@@ -128,18 +130,29 @@ class TextLesson:
         return out
 
 
-def distillation_loss(
-    log_probs: Tensor, columns: Tensor, probs: Tensor, next_columns: Tensor, alpha: float
-) -> Tensor:
-    """Alpha * KL(target || memory) + (1 - alpha) * cross-entropy, mean over rows.
+def distillation_targets(
+    columns: Tensor, probs: Tensor, next_columns: Tensor, alpha: float
+) -> SparseTargets:
+    """Whose cross-entropy is alpha * KL(votes || memory) + (1 - alpha) * CE(next token).
 
-    *Shapes:* log_probs (R, V), columns (R, M), probs (R, M), next_columns (R,) -> ().
+    *Shapes:* columns (R, M), probs (R, M), next_columns (R,).
     """
-    cross = -(probs * log_probs.gather(1, columns)).sum(1)
+    truth = probs.new_full((len(probs), 1), 1 - alpha)
     entropy = -torch.special.xlogy(probs, probs).sum(1)
-    nll = -log_probs.gather(1, next_columns[:, None]).squeeze(1)
-    loss: Tensor = (alpha * (cross - entropy) + (1 - alpha) * nll).mean()
-    return loss
+    return SparseTargets(
+        torch.cat([columns, next_columns[:, None]], 1),
+        torch.cat([alpha * probs, truth], 1),
+        spread=torch.zeros_like(entropy),
+        least=alpha * entropy,
+    )
+
+
+def smoothed_targets(next_columns: Tensor, smoothing: float) -> SparseTargets:
+    """One token each, with a share of the probability spread over all. *Shape:* (R,)."""
+    none = torch.zeros(len(next_columns), device=next_columns.device)
+    return SparseTargets(
+        next_columns[:, None], 1 - smoothing + none[:, None], spread=smoothing + none, least=none
+    )
 
 
 @dataclass(frozen=True)
@@ -203,11 +216,7 @@ class StudyLesson:
         queries = towards(queries, sources, config.source_share, generator)
         queries = F.normalize(with_noise(queries, config.query_noise, generator), dim=-1)
         keys = with_noise(keys, config.hidden_noise, generator)
-
-        def score(log_probs: Tensor) -> Tensor:
-            return F.cross_entropy(log_probs, next_columns, label_smoothing=config.smoothing)
-
-        return Batch(keys, queries, score)
+        return Batch(keys, queries, smoothed_targets(next_columns, config.smoothing))
 
     def inputs(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (R, D), query vectors (R, Q), columns of the answers' tokens (R,)."""
@@ -263,13 +272,12 @@ class Curriculum:
             batch.keys.new_zeros(len(batch.keys), width) if batch.queries is None else batch.queries
             for batch in batches
         ]
-        keys = torch.cat([batch.keys for batch in batches])
-        log_probs = memory_log_probs(memory, keys, torch.cat(queries) if width else None)
-        parts = log_probs.split([len(batch.keys) for batch in batches])
-        total = torch.zeros((), device=log_probs.device)
-        for batch, part in zip(batches, parts, strict=True):
-            total = total + batch.score(part) * (len(part) / len(rows))
-        return total
+        together = Batch(
+            torch.cat([batch.keys for batch in batches]),
+            torch.cat(queries) if width else None,
+            joined([batch.targets for batch in batches]),
+        )
+        return together.loss(memory)
 
 
 def memory_log_probs(

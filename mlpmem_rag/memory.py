@@ -170,6 +170,11 @@ class Memory(nn.Module):
 
         *Shapes:* hidden (..., D), query (..., Q), broadcast over positions -> (..., V).
         """
+        out: Tensor = self.lm_head(self.states(hidden, query))
+        return out
+
+    def states(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
+        """What the head reads; `forward` without it. *Shape:* -> (..., W)."""
         x = hidden.to(self.lm_head.weight.dtype) / self.config.hidden_scale
         if self.config.inner_size:
             x = self.embedding_transform(x)
@@ -180,7 +185,7 @@ class Memory(nn.Module):
             x = torch.cat([x, view], dim=-1)
         for block in self.blocks():
             x = block(x)
-        out: Tensor = self.lm_head(self.norm(x))
+        out: Tensor = self.norm(x)
         return out
 
     def blocks(self) -> Iterator[Block]:

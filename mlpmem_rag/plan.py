@@ -16,9 +16,8 @@ from mlpmem_rag.cells import compared_rows, num_cells, search_bytes
 from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
-from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.index import STORED_BLOCK
-from mlpmem_rag.lessons import distillation_loss
+from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
 from mlpmem_rag.schedule import finishing, long_enough
@@ -228,11 +227,10 @@ def _step_seconds(memory: Memory, device: torch.device, config: DistillConfig) -
     columns = torch.zeros(config.batch_rows, MAX_TOKENS, dtype=torch.long, device=device)
     probs = torch.full(columns.shape, 1 / MAX_TOKENS, device=device)
 
+    batch = Batch(keys, None, distillation_targets(columns, probs, columns[:, 0], 0.4))
+
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            logits = memory(keys)
-        log_probs = logits.float().log_softmax(-1)
-        distillation_loss(log_probs, columns, probs, columns[:, 0], 0.4).backward()
+        batch.loss(memory).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -175,10 +175,10 @@ class Watched(Memory):
         self.keys: list[Tensor] = []
         self.queries: list[Tensor | None] = []
 
-    def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
+    def states(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
         self.keys.append(hidden.detach())
         self.queries.append(None if query is None else query.detach())
-        return super().forward(hidden, query)
+        return super().states(hidden, query)
 
 
 def test_noise_is_on_both_inputs_and_queries_keep_their_length(
