@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from llama_index.core.agent.workflow import ReActAgent, ToolCallResult
@@ -37,7 +38,11 @@ async def ask(index: MLPMemIndex, llm: LLM, question: str) -> None:
     print(await handler)
 
 
-def main(index: Path, question: str, llm: str) -> None:
+def main(
+    index: Path,
+    question: str,
+    llm: Annotated[str, typer.Option(help="Folder or hub id; of the agent's own model.")],
+) -> None:
     planner = HuggingFaceLLM(model_name=llm, tokenizer_name=llm, is_chat_model=True)
     asyncio.run(ask(MLPMemIndex.load(index), planner, question))
 

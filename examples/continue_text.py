@@ -5,20 +5,21 @@ python examples/continue_text.py demo/memory
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import torch
 import transformers
+import typer
 
 from mlpmem_rag import MemoryModel
 
 TEXT = "Vega is the brightest star in the northern constellation of"
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    memory = MemoryModel.load(sys.argv[1])
+    memory = MemoryModel.load(folder)
     ids = memory.tokenizer(TEXT, return_tensors="pt")
     print(f"  {TEXT} …")
     for lambda_ in (0.0, memory.model.memory_lambda):
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

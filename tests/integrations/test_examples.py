@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import importlib.util
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -41,11 +42,15 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def run(name: str, *arguments: str | Path) -> str:
-    """What a script prints."""
+def command(name: str) -> typer.Typer:
     app = typer.Typer()
     app.command()(example(name).main)
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    return app
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What a script prints."""
+    result = CliRunner().invoke(command(name), [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -173,5 +178,9 @@ def test_service(index: MLPMemIndex) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_tells_how_it_is_run(script: Path) -> None:
-    assert f"python examples/{script.name}" in script.read_text()
+def test_every_script_takes_the_command_that_it_tells(script: Path) -> None:
+    lines = re.findall(rf"^python examples/{script.name} (.+)$", script.read_text(), re.MULTILINE)
+    assert lines
+    for line in lines:
+        parsed = typer.main.get_command(command(script.stem))
+        parsed.make_context(script.name, shlex.split(line))  # raises on what it does not take
