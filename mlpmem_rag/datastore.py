@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.behind import behind
 from mlpmem_rag.errors import ArtifactError, BaseModelError, CorpusError
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
@@ -171,33 +172,29 @@ def write_keys(
 ) -> Iterator[list[int]]:
     """Compute the keys of each batch and put them in their place; yields the batches written.
 
-    A thread converts and writes one batch while the base model runs on the next.
+    A thread writes one batch while the base model runs on the next.
 
     Raises:
         BaseModelError: a hidden state does not fit into float16.
     """
 
-    def write(batch: list[int], hidden: Callable[[], Tensor]) -> list[int]:
-        for w, states in zip(batch, hidden(), strict=True):
+    def write(batch: list[int], arriving: Callable[[], Tensor]) -> list[int]:
+        hidden = arriving().numpy()
+        for w, states in zip(batch, hidden, strict=True):
             last = len(windows[w].token_ids) - 1  # its hidden state predicts nothing stored here
-            keys = to_float16(states[windows[w].context - 1 : last])
+            keys = finite(states[windows[w].context - 1 : last])
             _write_rows(shards, int(first_rows[w]), keys)
         return batch
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        writing: Future[list[int]] | None = None
-        for batch in batches:
-            hidden = backbone.hidden(*pad([windows[w] for w in batch], backbone.device))
-            arriving = on_host(hidden)
-            if writing is not None:
-                yield writing.result()
-            writing = thread.submit(write, batch, arriving)
-        if writing is not None:
-            yield writing.result()
+    def states(batch: list[int]) -> Tensor:
+        return backbone.hidden(*pad([windows[w] for w in batch], backbone.device))
+
+    yield from behind(partial(write, batch, on_host(states(batch))) for batch in batches)
 
 
 def on_host(states: Tensor) -> Callable[[], Tensor]:
-    """Queue a copy to main memory; the function returned waits for it and gives it."""
+    """Convert to float16 and queue a copy to main memory; what is returned waits and gives it."""
+    states = states.to(torch.float16)  # here: a second thread's parallel loops slow those of all
     if states.device.type != "cuda":
         return lambda: states
     copy = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
@@ -266,11 +263,19 @@ def to_float16(hidden: Tensor) -> npt.NDArray[np.float16]:
     Raises:
         BaseModelError: a value is not finite in float16.
     """
-    keys: npt.NDArray[np.float16] = hidden.to(torch.float16).cpu().numpy()
+    return finite(hidden.to(torch.float16).cpu().numpy())
+
+
+def finite(keys: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    """The same keys.
+
+    Raises:
+        BaseModelError: a value is not finite.
+    """
     if not np.isfinite(keys).all():
         raise BaseModelError(
-            "a hidden state of this layer does not fit into float16 (largest magnitude "
-            f"{hidden.abs().max().item():.3g}); choose another layer with --layer"
+            "a hidden state of this layer does not fit into float16, whose largest number is "
+            "65,504; choose another layer with --layer"
         )
     return keys
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mlpmem_rag.behind import behind
 from mlpmem_rag.cells import SCRATCH, CellSearch
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ConfigError, MLPMemError
@@ -147,10 +149,14 @@ def find_neighbors(
     )
     done = 0
     on_progress(ProgressEvent("neighbors", done, datastore.num_rows, "rows"))
-    for rows in search.groups():
-        found, found_distances = search.search(rows, k + 1)
-        ids[rows], distances[rows] = drop_self(rows, found, found_distances, k)
-        done += len(rows)
+
+    def keep(rows: Rows, found: tuple[Rows, Floats]) -> int:
+        ids[rows], distances[rows] = drop_self(rows, *found, k)
+        return len(rows)
+
+    found = (partial(keep, rows, search.search(rows, k + 1)) for rows in search.groups())
+    for count in behind(found):
+        done += count
         on_progress(ProgressEvent("neighbors", done, datastore.num_rows, "rows"))
     ids.flush()
     distances.flush()
@@ -179,14 +185,21 @@ def drop_self(
     Raises:
         MLPMemError: a distance is negative beyond rounding or not a number.
     """
-    distances = np.where(found >= 0, distances, np.inf)
-    if np.isnan(distances).any() or (distances < -1e-3).any():
+    distances = np.where(found >= 0, distances, np.float32(np.inf))
+    if not (distances >= -1e-3).all():  # not a number is not above it either
         raise MLPMemError("the index returned impossible distances; check the FAISS installation")
-    distances = np.maximum(distances, 0.0)
-    distances[found == rows[:, None]] = np.nan  # sorts behind everything, infinity included
-    # Sorting here, since not every FAISS build returns neighbours in order.
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    ids = np.take_along_axis(found, order, 1)
-    distances = np.take_along_axis(distances, order, 1).astype(np.float32)
-    own = np.isnan(distances)  # fewer than k others were found
-    return np.where(own, -1, ids), np.where(own, np.float32(np.inf), distances)
+    distances = np.maximum(distances, np.float32(0.0))
+    if (distances[:, 1:] < distances[:, :-1]).any():  # not every FAISS build gives them in order
+        order = np.argsort(distances, axis=1, kind="stable")
+        found = np.take_along_axis(found, order, 1)
+        distances = np.take_along_axis(distances, order, 1)
+    if (missing := k + 1 - found.shape[1]) > 0:
+        found = np.pad(found, ((0, 0), (0, missing)), constant_values=-1)
+        distances = np.pad(distances, ((0, 0), (0, missing)), constant_values=np.inf)
+    own = found == rows[:, None]
+    place = np.where(own.any(1), own.argmax(1), k)
+    later = np.arange(k) >= place[:, None]  # these move up by one
+    return (
+        np.where(later, found[:, 1 : k + 1], found[:, :k]),
+        np.where(later, distances[:, 1 : k + 1], distances[:, :k]),
+    )
