@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from mlpmem_rag.asked import Marks, asked_question, question_marks
 from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.few_rows import quicken
 from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.query_cache import cached_query, keep_query
 from mlpmem_rag.tap import Tap, tap_on
@@ -43,6 +44,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PreTrainedConfig, base: PreTrainedModel) -> None:
         super().__init__(config)
         self.base = base
+        quicken(base)
         self.generation_config = base.generation_config
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._taps: dict[int, Tap] = {}

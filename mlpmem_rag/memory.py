@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from mlpmem_rag.backbone import MLPShape
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.few_rows import Linear
 
 SIZES = {"small": 1 / 16, "base": 1 / 10, "large": 1 / 4}
 """Number of blocks as a share of the base's layers; `large` is the paper's (8 of 32)."""
@@ -98,9 +99,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.width, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.width, bias=False)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +115,8 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.width, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.width)
+        self.up_proj = Linear(config.width, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.width)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,10 +158,10 @@ class Memory(nn.Module):
         super().__init__()
         self.config = config
         if config.inner_size:
-            self.embedding_transform = nn.Linear(config.hidden_size, config.inner_size)
+            self.embedding_transform = Linear(config.hidden_size, config.inner_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = _norm(config)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("corpus_tokens", torch.arange(config.vocab_size))
         shape = (config.num_prototypes, config.query_size)
         self.register_buffer("prototypes", torch.zeros(shape))
