@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock demo bench test test-slow test-transformers test-lm-eval fuzz mutants coverage lint format wheel clean
+.PHONY: help setup lock audit demo bench test test-slow test-transformers test-lm-eval fuzz mutants coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
@@ -30,6 +30,11 @@ lock: ## renew requirements.lock; LOCK_FLAGS=--upgrade for new versions, or --up
 	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --custom-compile-command 'make lock' --extra cpu --extra dev $(LOCK_FLAGS) \
 		--output-file requirements.lock pyproject.toml .ci/lock.in
+
+audit: ## ask for advisories about the locked versions; fails if there are some
+	$(PYTHON) -m venv --clear .cache/audit
+	.cache/audit/bin/pip install --quiet pip-audit==2.10.1
+	.cache/audit/bin/python .ci/audit.py requirements.lock constraints.txt
 
 demo: setup ## train on the sample corpus, then ask it questions
 	bash examples/demo.sh
