@@ -23,18 +23,21 @@ setup: .venv/.ready ## create .venv with everything that the other targets use
 	@touch $@
 
 # uv must be offered the torch that is wanted, its CPU build by UV_FIND_LINKS or UV_INDEX, say.
+# constraints.txt has no hashes: with them, pip would refuse to install this folder beside the tools.
 LOCK_FLAGS ?=
-lock: ## renew requirements.lock; LOCK_FLAGS=--upgrade for new versions, or --upgrade-package NAME
+COMPILE = .cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command 'make lock' $(LOCK_FLAGS) --extra cpu --extra dev
+lock: ## renew requirements.lock; LOCK_FLAGS=--upgrade for new versions, or --upgrade-package=NAME
 	$(PYTHON) -m venv --clear .cache/lock
 	.cache/lock/bin/pip install --quiet uv==0.13.9
-	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --custom-compile-command 'make lock' --extra cpu --extra dev $(LOCK_FLAGS) \
-		--output-file requirements.lock pyproject.toml .ci/lock.in
+	$(COMPILE) --generate-hashes --output-file requirements.lock pyproject.toml .ci/lock.in
+	$(COMPILE) --constraint requirements.lock --extra fuzz --extra lm-eval --extra mutants \
+		--output-file constraints.txt pyproject.toml .ci/lock.in
 
 audit: ## ask for advisories about the locked versions; fails if there are some
 	$(PYTHON) -m venv --clear .cache/audit
 	.cache/audit/bin/pip install --quiet pip-audit==2.10.1
-	.cache/audit/bin/python .ci/audit.py requirements.lock constraints.txt
+	.cache/audit/bin/python .ci/audit.py constraints.txt
 
 demo: setup ## train on the sample corpus, then ask it questions
 	bash examples/demo.sh
