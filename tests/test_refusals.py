@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -165,17 +165,18 @@ def test_sizes_from_the_first_to_the_last_that_is_allowed(name: str) -> None:
     low, high = LIMITS[name]
     for value in (low, high):
         assert getattr(parse_shape({**asdict(SHAPE), name: value}), name) == value
-    for value in (low - 1, high + 1, True, float(low)):
-        assert refusal(parse_shape, {**asdict(SHAPE), name: value}) == (
-            f"memory.{name} is {value!r}, allowed are {low} to {high}"
+    for other in (low - 1, high + 1, True, float(low)):
+        assert refusal(parse_shape, {**asdict(SHAPE), name: other}) == (
+            f"memory.{name} is {other!r}, allowed are {low} to {high}"
         )
 
 
 @pytest.mark.parametrize("name", ["hidden_scale", "norm_eps"])
 def test_scales_are_above_zero(name: str) -> None:
-    for value in (1, 1e-300, 1e300):
-        assert getattr(parse_shape({**asdict(SHAPE), name: value}), name) == value
-    for value in (0, -1.0, math.inf, math.nan, True, "1"):
+    for scale in (1, 1e-300, 1e300):
+        assert getattr(parse_shape({**asdict(SHAPE), name: scale}), name) == scale
+    refused: list[object] = [0, -1.0, math.inf, math.nan, True, "1"]
+    for value in refused:
         assert refusal(parse_shape, {**asdict(SHAPE), name: value}) == (
             f"memory.{name} is {value!r}, allowed are numbers above 0"
         )
@@ -192,8 +193,12 @@ def test_kinds_of_blocks(other: dict[str, object]) -> None:
 # Tensors.
 
 
-def write(folder: Path, prefix: str = "", **changes: Tensor | None) -> Path:
-    tensors = {**Memory(SHAPE).state_dict(), "corpus_tokens": torch.arange(5), **changes}
+def write(folder: Path, changes: dict[str, Tensor | None], prefix: str = "") -> Path:
+    tensors: dict[str, Tensor | None] = {
+        **Memory(SHAPE).state_dict(),
+        "corpus_tokens": torch.arange(5),
+        **changes,
+    }
     path = folder / WEIGHTS
     kept = {prefix + name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file({**kept, "other.weight": torch.ones(2)}, path)
@@ -208,7 +213,7 @@ def opened(path: Path, prefix: str = "", shape: MemoryConfig = SHAPE) -> dict[st
 @pytest.mark.parametrize("prefix", ["", "memory."])
 def test_tensors_are_those_that_were_written(tmp_path: Path, prefix: str) -> None:
     head = torch.arange(40.0).view(5, 8)
-    path = write(tmp_path, prefix, **{"lm_head.weight": head})
+    path = write(tmp_path, {"lm_head.weight": head}, prefix)
     assert opened(path, prefix).keys() == Memory(SHAPE).state_dict().keys()
     assert torch.equal(opened(path, prefix)["lm_head.weight"], head)
     memory = load_memory(tmp_path, SHAPE, inside=bool(prefix))
@@ -244,12 +249,12 @@ def test_tensors_are_those_that_were_written(tmp_path: Path, prefix: str) -> Non
 def test_each_problem_of_a_tensor(
     tmp_path: Path, changes: dict[str, Tensor | None], said: str
 ) -> None:
-    path = write(tmp_path, **changes)
+    path = write(tmp_path, changes)
     assert refusal(opened, path) == f"{path}: {said}"
 
 
 def test_blocks_that_are_not_there(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write(tmp_path, {})
     tensors = len(read_headers([path], ""))
     for blocks, said in {
         tensors: "tensor layers.1.",
@@ -260,7 +265,7 @@ def test_blocks_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_an_activation_that_there_is_not(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write(tmp_path, {})
     shape = parse_shape({**asdict(SHAPE), "activation": "no such"})
     said = refusal(opened, path, shape=shape)
     assert said.startswith(
@@ -349,7 +354,11 @@ def test_each_field_of_the_base_is_of_its_kind(name: str) -> None:
 
 def test_each_problem_of_the_manifest(folder: Path) -> None:
     path, good = folder / MANIFEST, (folder / MANIFEST).read_text()
-    for values, said in (
+    kinds = {
+        "str": ("created", "run"),
+        "dict": ("corpus", "training", "figures", "versions", "files"),
+    }
+    cases: list[tuple[Mapping[str, object], str]] = [
         (
             {"format_version": 9},
             f"{path} has format version 9, this program reads {FORMAT_VERSION}; update mlpmem-rag "
@@ -363,13 +372,11 @@ def test_each_problem_of_the_manifest(folder: Path) -> None:
         ({"run": ...}, f"{path} is damaged ("),
         *(
             ({name: 3}, f"{path} is damaged ({name}: no {kind}); train again")
-            for kind, names in {
-                "str": ("created", "run"),
-                "dict": ("corpus", "training", "figures", "versions", "files"),
-            }.items()
+            for kind, names in kinds.items()
             for name in names
         ),
-    ):
+    ]
+    for values, said in cases:
         change(path, **values)
         assert refusal(load_manifest, folder).startswith(said)
         path.write_text(good)
