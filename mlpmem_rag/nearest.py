@@ -28,10 +28,13 @@ def squared_distances(
 
 def smallest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest of each row, ascending, and their columns. *Shape:* (R, N) -> 2 x (R, k)."""
-    columns = distances.shape[1]
-    if distances.device.type == "cpu":
-        return partitioned_smallest(distances, k)
-    if columns < 4 * GROUP * k:
+    on_cpu = distances.device.type == "cpu"
+    return partitioned_smallest(distances, k) if on_cpu else selected_smallest(distances, k)
+
+
+def selected_smallest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `smallest`, by torch's `topk`, of all columns or of few; for a GPU."""
+    if distances.shape[1] < 4 * GROUP * k:
         values, places = distances.topk(k, largest=False)
         return values, places
     return grouped_smallest(distances, k)

@@ -58,6 +58,7 @@ def train(
     config: TrainConfig | None = None,
     fresh: bool = False,
     strict: bool = False,
+    follow_links: bool = False,
     max_memory: int | None = None,
     on_progress: OnProgress = ignore_progress,
     on_plan: Callable[[Plan], None] | None = None,
@@ -74,6 +75,7 @@ def train(
         config: settings; `options` replace single ones (`size="small"`, `seed=1`, …).
         fresh: do every stage again.
         strict: fail when any source had to be skipped.
+        follow_links: read what symbolic links in the corpus lead to.
         max_memory: bytes of main memory that the run may take; None: as many as there are.
         on_progress: called often, with the stage and how far it is.
         on_plan: called once with what the run needs, before the work starts.
@@ -94,7 +96,14 @@ def train(
     if not team.first:
         on_progress, on_plan = ignore_progress, None
     with _work_folder(out, team) as work:
-        prepared = prepare(corpus, config, strict=strict, exclude=out, on_progress=on_progress)
+        prepared = prepare(
+            corpus,
+            config,
+            strict=strict,
+            follow_links=follow_links,
+            exclude=out,
+            on_progress=on_progress,
+        )
         config = resolved(config, prepared.backbone)
         run = run_key(prepared, config)
         if not fresh and (done := finished_run(out, run)) is not None:
@@ -134,6 +143,7 @@ def plan_training(
     out: str | Path = ".",
     config: TrainConfig | None = None,
     strict: bool = False,
+    follow_links: bool = False,
     max_memory: int | None = None,
     on_progress: OnProgress = ignore_progress,
     **options: Any,  # noqa: ANN401
@@ -143,7 +153,14 @@ def plan_training(
     out = Path(out)
     # Its default, the working folder, may hold the corpus: only a memory is left out.
     exclude = out if is_memory(out) else None
-    prepared = prepare(corpus, config, strict=strict, exclude=exclude, on_progress=on_progress)
+    prepared = prepare(
+        corpus,
+        config,
+        strict=strict,
+        follow_links=follow_links,
+        exclude=exclude,
+        on_progress=on_progress,
+    )
     return _plan(prepared, config, out, max_memory), prepared.corpus
 
 

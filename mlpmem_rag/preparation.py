@@ -35,6 +35,7 @@ def prepare(
     config: TrainConfig,
     *,
     strict: bool = False,
+    follow_links: bool = False,
     exclude: Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Prepared:
@@ -46,7 +47,13 @@ def prepare(
     corpus = (
         source
         if isinstance(source, Corpus)
-        else read_corpus(source, strict=strict, exclude=exclude, on_progress=on_progress)
+        else read_corpus(
+            source,
+            strict=strict,
+            follow_links=follow_links,
+            exclude=exclude,
+            on_progress=on_progress,
+        )
     )
     on_progress(ProgressEvent("base model", 0, 1, "model"))
     backbone = load_backbone(

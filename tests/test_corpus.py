@@ -76,10 +76,14 @@ def test_single_file_is_named_without_its_folder(tmp_path: Path) -> None:
         ("docs/*.md", ["a.md"]),
         ("docs/**", ["a.md", "c.txt", "sub/b.md"]),
         ("d?cs/*/b.md", ["docs/sub/b.md"]),
+        ("**/b.md", ["docs/sub/b.md"]),
+        ("docs/**/sub/**/[!a]*", ["sub/b.md"]),
+        ("docs/**/.hid*/*", [".hidden/e.md"]),
     ],
 )
 def test_pattern(tmp_path: Path, pattern: str, sources: list[str]) -> None:
     make_files(tmp_path, {"docs/a.md": "A", "docs/sub/b.md": "B", "docs/c.txt": "C"})
+    make_files(tmp_path, {"docs/.hidden/e.md": "E", "docs/.f.md": "F"})
     corpus = read_corpus(tmp_path / pattern)
     assert [document.source for document in corpus.documents] == sources
 
@@ -196,6 +200,78 @@ def test_links_below_the_corpus_are_not_followed(tmp_path: Path) -> None:
         corpus = read_corpus(source)
         assert [document.source for document in corpus.documents] == ["a.txt"]
         assert corpus.skipped == tuple(Skipped(name, reason) for name in names)
+
+
+def test_links_are_followed_when_asked_and_nothing_is_read_twice(tmp_path: Path) -> None:
+    files = ("docs/z.csv", "docs/sub/b.txt", "outside/c.txt", "outside/more/d.txt", "alone.txt")
+    make_files(tmp_path, {name: f"text\n{name}\n" for name in files})
+    docs, outside = tmp_path / "docs", tmp_path / "outside"
+    for link, target in {
+        docs / "0-first.csv": docs / "z.csv",  # before the file itself by name
+        docs / "alone.txt": tmp_path / "alone.txt",
+        docs / "folder": outside,
+        docs / "folder-too": outside,
+        docs / "sub/up": docs,  # round and round
+        outside / "back": docs / "sub",
+        outside / "more/over": tmp_path,  # above the corpus, and back into it
+        docs / "gone.txt": tmp_path / "nowhere.txt",
+        docs / "itself.txt": docs / "itself.txt",
+        docs / "device.txt": Path(os.devnull),
+    }.items():
+        link.symlink_to(target)
+    for source in (docs, docs / "**"):
+        corpus = read_corpus(source, follow_links=True)
+        assert [document.source for document in corpus.documents] == [
+            "alone.txt",
+            "folder/c.txt",
+            "folder/more/d.txt",
+            "sub/b.txt",
+            "z.csv:2",
+        ]
+        assert {item.source: item.reason for item in corpus.skipped} == {
+            "0-first.csv": "same file as z.csv",
+            "device.txt": "not a regular file",
+            "folder-too": "same folder as folder",
+            "folder/back": "same folder as sub",
+            "folder/more/over/alone.txt": "same file as alone.txt",
+            "folder/more/over/docs": "same folder as .",
+            "folder/more/over/outside": "same folder as folder",
+            "gone.txt": "no such file or directory",
+            "itself.txt": "too many levels of symbolic links",
+            "sub/up": "same folder as .",
+        }
+
+
+def test_following_links_changes_no_name_that_was_there_without(tmp_path: Path) -> None:
+    make_files(tmp_path, {"docs/b/one.txt": "One.", "other/two.txt": "Two."})
+    (tmp_path / "docs/a").symlink_to(tmp_path / "docs/b")
+    (tmp_path / "docs/c").symlink_to(tmp_path / "other")
+    without = read_corpus(tmp_path / "docs")
+    followed = read_corpus(tmp_path / "docs", follow_links=True)
+    assert set(without.documents) < set(followed.documents)
+    assert [document.id for document in followed.documents] == ["b/one.txt", "c/two.txt"]
+    assert without.fingerprint != followed.fingerprint
+
+
+def test_a_link_into_the_folder_that_is_left_out_is_not_followed(tmp_path: Path) -> None:
+    make_files(tmp_path, {"docs/a.txt": "One.", "docs/memory/card.md": "Two."})
+    (tmp_path / "docs/link.md").symlink_to(tmp_path / "docs/memory/card.md")
+    (tmp_path / "docs/linked").symlink_to(tmp_path / "docs/memory")
+    corpus = read_corpus(
+        tmp_path / "docs", follow_links=True, exclude=tmp_path / "docs/../docs/memory"
+    )
+    assert ([document.id for document in corpus.documents], corpus.skipped) == (["a.txt"], ())
+
+
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_links_that_lead_back_end(tmp_path: Path, follow_links: bool) -> None:
+    make_files(tmp_path, {"docs/a.txt": "One."})
+    for name in ("up", "down"):  # every path through both, forty deep, without a guard
+        (tmp_path / "docs" / name).symlink_to(tmp_path / "docs")
+    for source in (tmp_path / "docs", tmp_path / "docs/**/*.txt", tmp_path / "d*/**"):
+        corpus = read_corpus(source, follow_links=follow_links)
+        assert [document.text for document in corpus.documents] == ["One."]
+        assert len(corpus.skipped) == 2
 
 
 def test_link_that_the_caller_names_is_followed(tmp_path: Path) -> None:

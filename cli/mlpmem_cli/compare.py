@@ -62,6 +62,7 @@ def compare(
             "FILE.py:NAME. What is named is run."
         ),
     ] = None,
+    follow_links: options.FollowLinksOption = False,
     seed: options.SeedOption = 0,
     base_model: options.BaseModelOption = None,
     device: options.DeviceOption = options.Device.auto,
@@ -96,6 +97,7 @@ def compare(
         concurrency=concurrency,
         threshold=threshold,
         judge=judge,
+        follow_links=follow_links,
         seed=seed or 0,
         base_model=base_model,
         device=device.value,

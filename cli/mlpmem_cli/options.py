@@ -100,6 +100,9 @@ MaxMemoryOption = Annotated[
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Fail when any file had to be skipped.")
 ]
+FollowLinksOption = Annotated[
+    bool, typer.Option("--follow-links", help="Follow symbolic links in the corpus.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 LambdaOption = Annotated[
     float | None,

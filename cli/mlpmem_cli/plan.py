@@ -26,6 +26,7 @@ def plan(
     dtype: options.DtypeOption = options.Dtype.auto,
     max_memory: options.MaxMemoryOption = None,
     strict: options.StrictOption = False,
+    follow_links: options.FollowLinksOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Say what training would need: tokens, rows, disk, memory, time. Writes nothing."""
@@ -48,6 +49,7 @@ def plan(
             dtype=dtype.value,
             max_memory=None if max_memory is None else parse_size(max_memory),
             strict=strict,
+            follow_links=follow_links,
             on_progress=on_progress,
         )
     display.show_skipped(console, read)

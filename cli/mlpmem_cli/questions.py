@@ -28,6 +28,7 @@ def questions(
         int, typer.Option(min=0, help="How many to show, spread over the corpus; 0: all.")
     ] = 20,
     strict: options.StrictOption = False,
+    follow_links: options.FollowLinksOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Preview the questions that can be written from a corpus, with their answers."""
@@ -40,7 +41,9 @@ def questions(
 
     console = display.stderr()
     with display.progress_bars(console) as on_progress:
-        read = read_corpus(corpus, strict=strict, on_progress=on_progress)
+        read = read_corpus(
+            corpus, strict=strict, follow_links=follow_links, on_progress=on_progress
+        )
         sources = written_by or [RULES]
         backbone = load_backbone(base_model or SMOLLM2) if BASE_MODEL in sources else None
         written = write_questions(sources, read.documents, backbone, on_progress=on_progress)

@@ -37,6 +37,7 @@ def train(
     ] = False,
     max_memory: options.MaxMemoryOption = None,
     strict: options.StrictOption = False,
+    follow_links: options.FollowLinksOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Train a memory from documents.
@@ -68,6 +69,7 @@ def train(
             fresh=fresh,
             max_memory=None if max_memory is None else parse_size(max_memory),
             strict=strict,
+            follow_links=follow_links,
             on_progress=on_progress,
             on_plan=lambda plan: console.print(display.plan_table(plan)),
         )

@@ -64,6 +64,7 @@ class BenchConfig:
         limit: questions, at most; 0: all.
         tokens: of the text, at most; 0: all.
         max_new_tokens: most tokens of an answer.
+        follow_links: whether symbolic links in the corpus are followed.
         seed: of everything random.
         base_model: where the base model is, if not where it was in training.
         device: where to compute.
@@ -79,6 +80,7 @@ class BenchConfig:
     limit: int = 100
     tokens: int = 20_000
     max_new_tokens: int = 24
+    follow_links: bool = False
     seed: int = 0
     base_model: str | None = None
     device: str = "auto"
@@ -100,7 +102,11 @@ def run_bench(config: BenchConfig, *, on_progress: OnProgress = ignore_progress)
     manifest = load_manifest(config.memory)
     text = None if config.text is None else _text(config.text)
     choices = [] if config.questions is None else load_choices(config.questions)
-    corpus = None if config.corpus is None else read_corpus(config.corpus)
+    corpus = (
+        None
+        if config.corpus is None
+        else read_corpus(config.corpus, follow_links=config.follow_links)
+    )
     compared = _as_comparison(config, knn=_has_rows(config.memory), documents=corpus is not None)
     asked = QuestionSet(()) if config.questions is None else questions_of(compared, corpus)
     with output_folder(config.out, kind="bench", is_ours=is_bench) as work:

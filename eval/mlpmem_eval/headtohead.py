@@ -49,6 +49,7 @@ class CompareConfig:
         threshold: confidence below which `memory-first` asks RAG; None: the best on
             questions that training held out.
         judge: name of an LLM that judges the answers, as `named_llm.load_llm` reads it.
+        follow_links: whether symbolic links in the corpus are followed.
         seed: of everything random.
         base_model: where the base model is, if not where it was in training.
         device: where to compute.
@@ -69,6 +70,7 @@ class CompareConfig:
     warm_up: int = 2
     threshold: float | None = None
     judge: str | None = None
+    follow_links: bool = False
     seed: int = 0
     base_model: str | None = None
     device: str = "auto"
@@ -98,7 +100,11 @@ def compare(
     """
     manifest = load_manifest(config.memory)
     judge = None if config.judge is None else Judge(config.judge, load_llm(config.judge))
-    corpus = read_corpus(config.corpus) if config.corpus is not None else None
+    corpus = (
+        read_corpus(config.corpus, follow_links=config.follow_links)
+        if config.corpus is not None
+        else None
+    )
     asked = questions_of(config, corpus, on_progress)
     with report_folder(config.out) as work:
         bench = opened(config, manifest, work, corpus, asked.questions, on_progress)

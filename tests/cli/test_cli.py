@@ -225,6 +225,22 @@ def test_plan_prints_what_train_would_need_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_links_in_a_corpus_are_followed_when_asked(
+    run: Run, source: Path, memory: Path, train_arguments: list[object], tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in source.iterdir():
+        (linked / path.name).symlink_to(path)
+    train_arguments[1] = linked
+    assert "symbolic link, not followed" in run(*train_arguments).err
+    plan = ["plan", linked, *train_arguments[4:], "--follow-links", "--json"]
+    assert json.loads(run(*plan).out)["rows"] == load_manifest(memory).figures["rows"]
+    assert run(*train_arguments, "--follow-links").code == 0
+    assert load_manifest(tmp_path / "memory").run == load_manifest(memory).run
+    assert run("questions", linked, "--follow-links").code == 0
+
+
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_a_small_disk_fails_with_the_numbers(
     run: Run,
