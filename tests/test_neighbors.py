@@ -99,6 +99,18 @@ def test_too_few_candidates_leave_empty_places() -> None:
     np.testing.assert_array_equal(sorted_distances, [[2, np.inf, np.inf], [1, 3, np.inf]])
 
 
+def test_fewer_places_than_asked_for_are_filled_up() -> None:
+    rows, found = np.array([4, 5]), np.array([[4, 7], [8, 9]])
+    distances = np.array([[0, 2], [1, 3]], dtype=np.float32)
+    ids, kept = drop_self(rows, found, distances, k=4)
+    np.testing.assert_array_equal(ids, [[7, -1, -1, -1], [8, 9, -1, -1]])
+    np.testing.assert_array_equal(kept, [[2, np.inf, np.inf, np.inf], [1, 3, np.inf, np.inf]])
+    assert kept.dtype == np.float32
+    ids, kept = drop_self(rows, found, distances, k=2)
+    np.testing.assert_array_equal(ids, [[7, -1], [8, 9]])
+    np.testing.assert_array_equal(kept, [[2, np.inf], [1, 3]])
+
+
 @pytest.mark.parametrize("wrong", [np.nan, -1.0])
 def test_impossible_distances_are_refused(wrong: float) -> None:
     with pytest.raises(MLPMemError, match="impossible distances"):
