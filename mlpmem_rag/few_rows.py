@@ -2,8 +2,8 @@
 
 For `x @ weight.T` with few rows, torch's library first lays out the weights anew. With the operands
 exchanged, `weight @ x.T`, they are read as they lie, in three quarters of the time where they come
-from main memory and in a quarter where they are in a cache. Up to `FEW` rows both give the same bits;
-where a trial says otherwise, nothing is exchanged.
+from main memory and in a quarter where they are in a cache. Up to `FEW` rows both give the same
+bits; where a trial says otherwise, nothing is exchanged.
 """
 
 from __future__ import annotations
