@@ -31,10 +31,19 @@ class Recorder(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """*Shapes:* (B, T), (B, W) -> (B, W)."""
+        self.note(scores)
+        return scores
+
+    def note(self, scores: Tensor) -> None:
+        """The next step's logits. *Shape:* (B, W)."""
         log_probs = scores.float().log_softmax(-1)
         entropies = torch.special.entr(log_probs.exp()).sum(-1)
         self._steps.append((log_probs.max(-1).values.tolist(), entropies.tolist()))
-        return scores
+
+    @property
+    def num_steps(self) -> int:
+        """Steps noted so far."""
+        return len(self._steps)
 
     def trace(self, line: int, length: int) -> Trace:
         """Of one sequence of the batch, up to its last token."""

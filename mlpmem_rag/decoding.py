@@ -67,9 +67,14 @@ class Decoding:
             raise ConfigError("an empty stop string would end every text at once; leave it out")
 
     @property
+    def greedy(self) -> bool:
+        """Whether the mixture's most probable token is taken each time."""
+        return self.temperature == 0.0 and not self.logits_processors
+
+    @property
     def shareable(self) -> bool:
         """Whether requests with these settings can be generated together."""
-        return self.batch_size > 1 and self.temperature == 0.0 and not self.logits_processors
+        return self.batch_size > 1 and self.greedy
 
     def choosers(self) -> LogitsProcessorList:
         """What is done to the mixture so that its largest entry is the token to take."""

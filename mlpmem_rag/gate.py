@@ -50,6 +50,13 @@ class Gate:
         )
         return torch.where(torch.as_tensor(asked, device=features.device), known, unknown)
 
+    @property
+    def constant_opening(self) -> float | None:
+        """The opening where there is a query vector; None: it differs from token to token."""
+        if any(self.asked[:-1]):
+            return None
+        return float(torch.tensor(self.asked[-1]).sigmoid())
+
 
 def constant_weights(opening: float) -> tuple[float, ...]:
     """Weights of a gate that is open to the same degree, between 0 and 1, everywhere."""

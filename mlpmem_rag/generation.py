@@ -20,6 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
+from mlpmem_rag.early_exit import Halves, Reading, generate_early
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.pieces import TextPieces
@@ -38,6 +39,7 @@ class Parts:
         encoder: makes the query vector; None: the memory sees none.
         confidence: how sure an answer is; None: this memory cannot tell.
         openings: beginnings of prompts that the base model has read before.
+        halves: the base model up to the layer that the memory reads, and from there on.
     """
 
     model: MLPMemForCausalLM
@@ -45,6 +47,7 @@ class Parts:
     encoder: QueryEncoder | None
     confidence: Confidence | None
     openings: Openings
+    halves: Halves
 
     def query_vectors(self, asked: Sequence[str]) -> Tensor | None:
         """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (B, Q)."""
@@ -61,7 +64,8 @@ class Answer:
         ttft_seconds: wall time from question to first token.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, the end-of-text token included.
-        confidence: probability that the answer is right; None: this memory cannot tell.
+        confidence: probability that the answer is right; None: this memory cannot tell, or not
+            before the answer's end.
         cut_tokens: tokens of the prompt's beginning that had no room in the context window.
         ended: whether the text came to its end, rather than to `max_new_tokens`.
         lambda_: mixing weight that was in use.
@@ -141,29 +145,24 @@ class Generation:
             prompt = Prompt(prompt.token_ids[-self._room :])
         return prompt
 
-    def writer(
-        self, listener: Listener, recorder: Recorder, line: int, eos: Set[int]
-    ) -> Callable[[int], bool]:
-        """Takes each token, as line `line` of a batch, and says whether it was the last one."""
+    def record(self, recorder: Recorder, line: int) -> None:
+        """From now on this is a line of a batch, whose distributions are recorded there."""
         self._recorder, self._line = recorder, line
+
+    def text(self) -> TextPieces:
+        """Its text, of which there is nothing yet."""
         tokenizer = self.parts.tokenizer
-        text = TextPieces(
+        return TextPieces(
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             self.decoding.stop,
             strip=self._strip,
         )
 
-        def take(token: int) -> bool:
-            self._times.append(time.perf_counter() - self._started)
-            listener.give(text.add(token))
-            self._ended = text.stopped or token in eos
-            full = len(self._times) == self.decoding.max_new_tokens
-            if over := self._ended or full or listener.stop.is_set():
-                listener.give(text.end())
-                listener.end()
-            return over
-
-        return take
+    def count(self, *, ended: bool) -> bool:
+        """One more token, which ended the text or did not. Returns whether there is room."""
+        self._times.append(time.perf_counter() - self._started)
+        self._ended = ended
+        return len(self._times) < self.decoding.max_new_tokens
 
     def answer(self, text: str) -> Answer:
         """What was said so far, with its figures."""
@@ -180,14 +179,46 @@ class Generation:
             lambda_=self.parts.model.memory_lambda if lambda_ is None else lambda_,
         )
 
+    @property
+    def has_confidence(self) -> bool:
+        """Fitted on greedy answers to questions, a confidence knows nothing of other texts."""
+        decoding = self.decoding
+        asks = self._question and decoding.lambda_ != 0
+        return self.parts.confidence is not None and asks and decoding.greedy
+
     def _confidence(self, new_tokens: int) -> float | None:
-        """Fitted on greedy answers to questions; of other texts it knows nothing."""
-        confidence, decoding = self.parts.confidence, self.decoding
-        if confidence is None or not self._question or decoding.lambda_ == 0:
-            return None
-        if decoding.temperature > 0 or decoding.logits_processors:
+        confidence = self.parts.confidence
+        if confidence is None or not self.has_confidence or self._recorder.num_steps < new_tokens:
             return None
         return confidence.of(self._recorder.trace(self._line, new_tokens))
+
+
+class Writer:
+    """Gives out a text token by token, to whoever listens."""
+
+    def __init__(self, generation: Generation, listener: Listener, eos: Set[int]) -> None:
+        self._generation = generation
+        self._listener = listener
+        self._eos = eos
+        self._text = generation.text()
+
+    def take(self, token: int) -> bool:
+        """The next token. Returns whether it was the last one."""
+        piece = self._text.add(token)
+        ended = self._text.stopped or token in self._eos
+        room = self._generation.count(ended=ended)
+        self._listener.give(piece)
+        if over := ended or not room or self._listener.stop.is_set():
+            self._listener.give(self._text.end())
+        return over
+
+    def wants_distributions(self) -> bool:
+        """Whether somebody waits for a confidence."""
+        return self._generation.has_confidence and not self._listener.stop.is_set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._listener.end()
 
 
 @torch.inference_mode()
@@ -204,15 +235,16 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     first = begun[0][0]
     parts, decoding = first.parts, first.decoding
     model: Any = parts.model  # generate() is annotated for other classes
-    mixes = (model.memory_lambda if decoding.lambda_ is None else decoding.lambda_) > 0
+    lambda_ = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
+    mixes = lambda_ > 0
     query = parts.query_vectors([g.asked for g, _, _ in begun]) if mixes else None
     recorder = Recorder(None if query is None else model.memory.familiarity(query))
     config = _config(parts, decoding)
     eos = set(config.eos_token_id or ())
-    writers = [
-        generation.writer(listener, recorder, line, eos)
-        for line, (generation, listener, _) in enumerate(begun)
-    ]
+    writers = []
+    for line, (generation, listener, _) in enumerate(begun):
+        generation.record(recorder, line)
+        writers.append(Writer(generation, listener, eos))
     prompts = [prompt for _, _, prompt in begun]
     # The base model alone reads all at once: in pieces its last bits would be others.
     opening = _shared_opening(prompts) if mixes else []
@@ -220,15 +252,25 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         [prompt.token_ids[len(opening) :] for prompt in prompts], config.pad_token_id
     )
     before = torch.tensor([opening] * len(prompts), dtype=torch.long)
+    cache = parts.openings.cache(opening, len(prompts))
+    whole_ids = torch.cat([before, token_ids], dim=1).to(model.device)
+    whole_mask = torch.cat([torch.ones_like(before), mask], dim=1).to(model.device)
+    weight = model.constant_weight(lambda_, asked=query is not None) if decoding.greedy else None
+    if weight is not None and weight > 0.5 and parts.halves.usable:
+        reading = Reading(parts.halves, cache, whole_mask)
+        unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
+        view = None if query is None else query.to(model.device)
+        generate_early(model, reading, unread, view, weight, writers, recorder.note)
+        return
     model.generate(
-        inputs=torch.cat([before, token_ids], dim=1).to(model.device),
-        attention_mask=torch.cat([torch.ones_like(before), mask], dim=1).to(model.device),
+        inputs=whole_ids,
+        attention_mask=whole_mask,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([_EachToken(writers)]),
         logits_processor=LogitsProcessorList([recorder, *decoding.choosers()]),
         memory_lambda=decoding.lambda_,
         query_vector=query,
-        past_key_values=parts.openings.cache(opening, len(prompts)),
+        past_key_values=cache,
     )
 
 
@@ -253,12 +295,14 @@ def _config(parts: Parts, decoding: Decoding) -> GenerationConfig:
 class _EachToken(StoppingCriteria):
     """Has every token written as soon as it is chosen, until its line is over."""
 
-    def __init__(self, writers: Sequence[Callable[[int], bool]]) -> None:
+    def __init__(self, writers: Sequence[Writer]) -> None:
         self._writers = writers
         self._over = [False] * len(writers)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ANN401
         tokens = input_ids[:, -1].tolist()
-        for line, (write, token) in enumerate(zip(self._writers, tokens, strict=True)):
-            self._over[line] = self._over[line] or write(token)
+        for line, (writer, token) in enumerate(zip(self._writers, tokens, strict=True)):
+            if not self._over[line] and writer.take(token):
+                self._over[line] = True
+                writer.end()
         return torch.tensor(self._over, device=input_ids.device)

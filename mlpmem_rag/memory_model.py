@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.backbone import Backbone, context_window
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
+from mlpmem_rag.early_exit import Halves
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.generation import Answer, Generation, Parts
 from mlpmem_rag.integrity import Verify
@@ -96,6 +97,7 @@ class MemoryModel:
         self.folder: Path | None = None
         self.backbone: Backbone | None = None
         self._openings = Openings(model.base)
+        self._halves = Halves(model.base, model.config.layer)
         self._turns = Turns()
 
     @classmethod
@@ -119,6 +121,7 @@ class MemoryModel:
         )
         memory = cls(model, backbone.tokenizer, model.query_encoder, settings.confidence)
         memory.folder, memory.backbone = Path(folder), backbone
+        _ = memory._halves.usable  # tried now, not by the first request
         return memory
 
     def close(self) -> None:
@@ -334,9 +337,17 @@ class MemoryModel:
             self.encoder, self.confidence = other.encoder, other.confidence
             self.folder, self.backbone = other.folder, other.backbone
             self._openings = Openings(other.model.base)
+            self._halves = Halves(other.model.base, other.model.config.layer)
 
         for _ in self._turns.pieces(alone(take)):
             pass
 
     def _parts(self) -> Parts:
-        return Parts(self.model, self.tokenizer, self.encoder, self.confidence, self._openings)
+        return Parts(
+            self.model,
+            self.tokenizer,
+            self.encoder,
+            self.confidence,
+            self._openings,
+            self._halves,
+        )

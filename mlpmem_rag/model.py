@@ -151,6 +151,18 @@ class MLPMemForCausalLM(AugmentedLM):
             logits, memory_log_probs, self.memory.corpus_tokens, lambda_, self.gate, asked=asked
         )
 
+    def constant_weight(self, lambda_: float, *, asked: bool) -> float | None:
+        """The memory's weight in the mixture where it is the same for every token; else None.
+
+        Args:
+            lambda_: mixing weight.
+            asked: whether a request is known.
+        """
+        if self.gate is None:
+            return lambda_
+        opening = self.gate.constant_opening if asked else None
+        return None if opening is None else lambda_ * opening
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],

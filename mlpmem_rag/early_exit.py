@@ -1,0 +1,259 @@
+"""Tokens that the memory decides alone: the rest of the base model's pass can wait.
+
+With p = w p_mem + (1 - w) p_LM the base model moves at most 1 - w between any two tokens. Where the
+memory's best token leads its second best by more, w (p_1 - p_2) > 1 - w, the mixture's best token
+is the memory's, whatever the base model says. Its layers after the one that the memory reads, and
+its head, then need not run. When a token is in doubt, or the whole distribution is wanted, they run
+once for all positions left out so far. The tokens are those of the plain way; only the base's last
+bits can differ, as they do whenever positions are computed together instead of one by one.
+
+Whether a base model can be run in two halves, a trial tells: both ways have to give the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
+from mlpmem_rag.mixing import Share, mixture
+from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.tap import tap_on
+
+TRIAL = 8
+"""Tokens of the trial."""
+
+
+class Line(Protocol):
+    """One sequence of a batch, and whoever waits for it."""
+
+    def take(self, token: int) -> bool:
+        """The next token. Returns whether it was the last one."""
+
+    def wants_distributions(self) -> bool:
+        """Whether its end has to wait for the distribution of every token."""
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+class Halves:
+    """A base model that stops after a layer and goes on from there later; weights are shared."""
+
+    def __init__(self, base: PreTrainedModel, layer: int) -> None:
+        """Look at a base model whose `layer`-th layer, counted from 0, is the last to run early."""
+        self._base = base
+        self._layer = layer
+
+    @cached_property
+    def usable(self) -> bool:
+        """Whether both halves give what the whole gives."""
+        parts = self._base, self._base.base_model
+        if any(part._compiled_call_impl is not None for part in parts):
+            return False
+        attends = all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers)
+        rest = len(decoder_layers(self._base)) - self.split
+        return attends and rest > 0 and self._divides()
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache of the whole model."""
+        return DynamicCache(config=self._base.config)
+
+    @torch.inference_mode()
+    def _divides(self) -> bool:
+        ids = torch.arange(TRIAL, device=self._base.device)[None] + 5
+        ids %= int(text_config(self._base).vocab_size)
+        mask = torch.ones_like(ids)
+        try:
+            whole = self._base(
+                input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([TRIAL - 1])
+            )
+            reading = Reading(self, None, mask)
+            reading.read(ids)
+            return torch.equal(reading.logits(), whole.logits)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False  # another build of model than this knows
+
+    @property
+    def split(self) -> int:
+        """Number of layers that run early."""
+        return self._layer + 1
+
+    @cached_property
+    def early(self) -> nn.Module:
+        """Embeddings and first layers; the state after them, not normed."""
+        early = self._with(slice(None, self.split))
+        early._modules["norm"] = nn.Identity()
+        return early
+
+    @cached_property
+    def late(self) -> nn.Module:
+        """The other layers and the norm."""
+        return self._with(slice(self.split, None))
+
+    @property
+    def head(self) -> nn.Module:
+        """From normed states to logits."""
+        head: nn.Module = self._base.get_output_embeddings()
+        return head
+
+    @property
+    def tapped(self) -> nn.Module:
+        """The module whose input the memory reads."""
+        layer = decoder_layers(self._base)[self._layer]
+        return mlp_sublayer(layer, int(text_config(self._base).hidden_size))
+
+    def _with(self, layers: slice) -> nn.Module:
+        body = copy.copy(self._base.base_model)
+        body._modules = dict(body._modules)
+        if not {"layers", "norm"} <= set(body._modules):
+            raise AttributeError("layers and norm")
+        body._modules["layers"] = nn.ModuleList(decoder_layers(self._base)[layers])
+        return body
+
+
+class Reading:
+    """Sequences that are read by the first half at once, and by the second when it is asked."""
+
+    def __init__(self, halves: Halves, cache: DynamicCache | None, mask: Tensor) -> None:
+        """Begin, or go on after what a cache holds.
+
+        Args:
+            halves: the base model.
+            cache: of the whole base model; taken over.
+            mask: 1 for tokens, 0 for padding: what the cache holds, and what is read first.
+                *Shape:* (B, T).
+        """
+        self._halves = halves
+        self._mask = mask
+        whole = halves.new_cache() if cache is None else cache
+        self._early, self._late = DynamicCache(), _LateCache(halves.split)
+        self._early.layers = whole.layers[: halves.split]
+        self._late.layers = whole.layers[halves.split :]
+        self._waiting: list[Tensor] = []
+
+    def read(self, token_ids: Tensor) -> Tensor:
+        """The state that the memory reads, at the last position. *Shape:* (B, T) -> (B, 1, D)."""
+        missing = self._early.get_seq_length() + token_ids.shape[1] - self._mask.shape[1]
+        if missing > 0:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), missing)], 1)
+        tap = tap_on(self._halves.tapped)
+        tap.listen()
+        self._waiting.append(self._run(self._halves.early, self._early, input_ids=token_ids))
+        return tap.take().reshape(*token_ids.shape, -1)[:, -1:]
+
+    def logits(self) -> Tensor:
+        """The base's, after each `read` since they were last asked for. *Shape:* -> (B, N, W)."""
+        ends = torch.tensor([states.shape[1] for states in self._waiting]).cumsum(0) - 1
+        states = torch.cat(self._waiting, dim=1)
+        self._waiting = []
+        last = self._run(self._halves.late, self._late, inputs_embeds=states)
+        logits: Tensor = self._halves.head(last[:, ends.to(last.device)])
+        return logits
+
+    def _run(self, half: nn.Module, cache: DynamicCache, **given: Tensor) -> Tensor:
+        (sequence,) = given.values()
+        start = cache.get_seq_length()
+        end = start + sequence.shape[1]
+        mask = self._mask[:, :end]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        output: Any = half(
+            **given,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+
+class _LateCache(DynamicCache):
+    """Keys and values of the layers from `first` on."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self._first = first
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers, a layer's number being that in the whole model."""
+        return super().update(key_states, value_states, layer_idx - self._first, *args, **kwargs)
+
+
+@torch.inference_mode()
+def generate_early(
+    model: MLPMemForCausalLM,
+    reading: Reading,
+    token_ids: Tensor,
+    query: Tensor | None,
+    weight: float,
+    lines: Sequence[Line],
+    note: Callable[[Tensor], None],
+) -> None:
+    """Generate greedily, until every line says that it is over.
+
+    Args:
+        model: the memory's.
+        reading: where the base model begins.
+        token_ids: what it reads first. *Shape:* (B, T).
+        query: what is asked. *Shape:* (B, Q).
+        weight: of the memory in the mixture, the same for every token.
+        lines: take the tokens.
+        note: takes the mixture's log-probabilities, token by token. *Shape:* (B, W).
+    """
+    memory, temperature = model.memory, model.config.memory_temperature
+    view = None if query is None else query[:, None]
+    over = [False] * len(lines)
+    waiting: list[Tensor] = []
+
+    def mixtures() -> Tensor:
+        share = Share(torch.cat(waiting, 1), memory.corpus_tokens, waiting[0].new_tensor(weight))
+        mixed = mixture(reading.logits().float().log_softmax(-1), [share])
+        waiting.clear()
+        for step in range(mixed.shape[1]):
+            note(mixed[:, step])
+        return mixed
+
+    while True:
+        log_probs = memory.log_probs(reading.read(token_ids), view, temperature)  # (B, 1, V)
+        waiting.append(log_probs)
+        if all(map(bool.__or__, over, decided(log_probs[:, 0], weight))):
+            chosen = memory.corpus_tokens[log_probs[:, 0].argmax(-1)]
+        else:
+            chosen = mixtures()[:, -1].argmax(-1)
+        ended = []
+        for number, (line, token) in enumerate(zip(lines, chosen.tolist(), strict=True)):
+            if not over[number] and line.take(token):
+                over[number] = True
+                ended.append(line)
+        if waiting and any(line.wants_distributions() for line in ended):
+            mixtures()
+        for line in ended:
+            line.end()
+        if all(over):
+            return
+        token_ids = chosen[:, None]
+
+
+def decided(log_probs: Tensor, weight: float) -> list[bool]:
+    """Whether the memory's best token is the mixture's, whatever the base model says.
+
+    *Shapes:* the memory's log-probabilities (B, V) -> B truths.
+    """
+    best, second = log_probs.topk(min(2, log_probs.shape[-1])).values.exp().tensor_split([1], -1)
+    lead = best.squeeze(-1) - second.sum(-1)
+    return [bool(truth) for truth in (weight * lead > 1 - weight).tolist()]

@@ -1,0 +1,335 @@
+"""Early exit: the same tokens as transformers' own generate gives, with fewer layers run."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mlpmem_rag.artifact import MemorySettings
+from mlpmem_rag.backbone import decoder_layers, load_backbone
+from mlpmem_rag.confidence import NUM_FEATURES, Confidence
+from mlpmem_rag.decoding import Decoding
+from mlpmem_rag.early_exit import Halves, Reading, decided
+from mlpmem_rag.gate import NUM_FEATURES as GATE_FEATURES
+from mlpmem_rag.gate import Gate, constant_weights
+from mlpmem_rag.generation import Answer
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory_model import AnswerStream, MemoryModel
+from mlpmem_rag.mixing import mix
+from mlpmem_rag.model import attach_memory
+from tests.conftest import save_model
+
+DIVISIBLE = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
+QUESTIONS = [
+    "What was found in the old mill?",
+    "Who found the map?",
+    "Where was wild honey found, and who asked about it again?",
+    "Why?",
+]
+SURE, UNSURE = 0.02, 0.6
+"""Temperatures at which a random memory decides nearly all tokens, and only some."""
+
+
+def memory_on(folder: Path, *, temperature: float, lambda_: float = 0.9) -> MemoryModel:
+    """A random memory on the base model of a folder."""
+    backbone = load_backbone(str(folder), layer=1, device="cpu", dtype="float32")
+    config = MemoryConfig(32, 24, 1, "silu", gated=True, vocab_size=41)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        memory = Memory(config)
+    memory.corpus_tokens = torch.arange(259, 300)
+    settings = MemorySettings(backbone.reference, backbone.layer, config, lambda_, temperature)
+    confidence = Confidence(tuple(0.1 * n for n in range(NUM_FEATURES + 1)))
+    return MemoryModel(
+        attach_memory(backbone, memory, settings), backbone.tokenizer, confidence=confidence
+    )
+
+
+@pytest.fixture(scope="module", params=[SURE, UNSURE], ids=["sure", "unsure"])
+def memory(request: pytest.FixtureRequest, tiny_folder: Path) -> MemoryModel:
+    return memory_on(tiny_folder, temperature=request.param)
+
+
+@pytest.fixture
+def runs(memory: MemoryModel) -> Iterator[list[int]]:
+    """Numbers of the layers that run, in order."""
+    seen: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+        for number, layer in enumerate(decoder_layers(memory.model.base))
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def plainly(memory: MemoryModel) -> MemoryModel:
+    """The same memory, whose base model always runs whole."""
+    plain = MemoryModel(memory.model, memory.tokenizer, confidence=memory.confidence)
+    plain._halves.__dict__["usable"] = False
+    return plain
+
+
+def whole(stream: AnswerStream) -> Answer:
+    for _ in stream:
+        pass
+    return stream.answer
+
+
+def padded(memory: MemoryModel, texts: list[str]) -> tuple[Tensor, Tensor]:
+    tokenizer: Any = memory.tokenizer
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+# Which base models.
+
+
+def test_which_families_can_be_divided(family_folder: Path) -> None:
+    backbone = load_backbone(str(family_folder), device="cpu", dtype="float32")
+    assert Halves(backbone.model, 1).usable == (family_folder.name in DIVISIBLE)
+
+
+def test_after_the_last_layer_there_is_no_second_half(memory: MemoryModel) -> None:
+    assert [Halves(memory.model.base, layer).usable for layer in range(4)] == [True] * 3 + [False]
+
+
+def test_a_compiled_model_stays_whole(tiny_folder: Path) -> None:
+    base = load_backbone(str(tiny_folder), device="cpu", dtype="float32").model
+    base.compile(backend="eager")
+    assert not Halves(base, 1).usable
+
+
+def test_layers_that_see_a_window_forget_alike(tmp_path: Path) -> None:
+    """Beyond the window: four positions, where prompts have some twenty."""
+    folder = save_model(tmp_path / "mistral", "mistral")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 4}))
+    memory = memory_on(folder, temperature=0.2)
+    plain = plainly(memory)
+    assert memory._halves.usable
+    assert memory._halves.new_cache().is_sliding == [True] * 4
+    for question in QUESTIONS:
+        early, late = (m.answer(question, max_new_tokens=12) for m in (memory, plain))
+        assert (early.text, early.new_tokens) == (late.text, late.new_tokens)
+
+
+def test_every_family_answers_as_its_whole_model_does(family_folder: Path) -> None:
+    memory = memory_on(family_folder, temperature=0.2)
+    plain = plainly(memory)
+    for question in QUESTIONS:
+        early, late = (m.answer(question, max_new_tokens=12) for m in (memory, plain))
+        assert (early.text, early.new_tokens) == (late.text, late.new_tokens)
+        assert early.confidence == pytest.approx(late.confidence, rel=1e-4)
+
+
+# The two halves.
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+def test_what_waited_comes_out_as_from_one_pass(memory: MemoryModel, begun: int) -> None:
+    base = memory.model.base
+    ids, mask = padded(memory, QUESTIONS[:2])
+    more = torch.tensor([[260, 261, 262], [270, 271, 272]])
+    everything = torch.cat([ids, more], dim=1)
+    mask_of_all = torch.cat([mask, torch.ones_like(more)], dim=1)
+    positions = (mask_of_all.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        expected = base(
+            input_ids=everything, attention_mask=mask_of_all, position_ids=positions
+        ).logits
+        if begun:
+            start = {"attention_mask": mask[:, :begun], "position_ids": positions[:, :begun]}
+            base(input_ids=ids[:, :begun], past_key_values=cache, use_cache=True, **start)
+        reading = Reading(Halves(base, 1), cache if begun else None, mask)
+        reading.read(ids[:, begun:])
+        reading.read(more[:, :1])
+        first = reading.logits()
+        reading.read(more[:, 1:2])
+        reading.read(more[:, 2:])
+        second = reading.logits()
+    length = ids.shape[1]
+    assert torch.allclose(first, expected[:, length - 1 : length + 1], atol=1e-4)
+    assert torch.allclose(second, expected[:, length + 1 :], atol=1e-4)
+
+
+def test_the_state_is_what_the_memory_is_taught_with(memory: MemoryModel) -> None:
+    ids, mask = padded(memory, QUESTIONS[:1])
+    folder = memory.model.base.name_or_path
+    backbone = load_backbone(folder, layer=1, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        state = Reading(Halves(memory.model.base, backbone.layer), None, mask).read(ids)
+    assert torch.equal(state, backbone.hidden(ids, mask)[:, -1:])
+
+
+# What is certain.
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "weight", "truth"),
+    [
+        ((0.8, 0.1, 0.1), 0.9, True),  # .9 x .7 > .1
+        ((0.5, 0.4, 0.1), 0.9, False),  # .9 x .1 < .1
+        ((0.56, 0.44), 0.9, True),  # .108 > .1
+        ((0.55, 0.45), 0.9, False),  # .09 < .1
+        ((1.0, 0.0), 0.5, False),  # a tie is not decided
+        ((1.0,), 0.6, True),  # no second token
+        ((1.0,), 0.4, False),
+    ],
+)
+def test_when_the_memory_decides(
+    probabilities: tuple[float, ...], weight: float, truth: bool
+) -> None:
+    assert decided(torch.tensor([probabilities]).log(), weight) == [truth]
+
+
+def test_what_is_decided_no_base_model_changes_and_what_is_not_one_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corpus_tokens = torch.tensor([5, 1, 3])
+    seen = set()
+    for _ in range(300):
+        memory = (3 * torch.randn(1, 3, generator=generator)).log_softmax(-1)
+        weight = float(torch.rand(1, generator=generator) * 0.5 + 0.5)
+        best = int(corpus_tokens[memory.argmax()])
+        # The worst that a base model can do: all for one token that is not the best.
+        adverse = [torch.full((1, 7), -1e4).index_fill(1, torch.tensor([t]), 0.0) for t in range(7)]
+        tokens = [
+            int(mix(base, memory, corpus_tokens, weight).argmax())
+            for token, base in enumerate(adverse)
+            if token != best
+        ]
+        (sure,) = decided(memory, weight)
+        assert sure == all(token == best for token in tokens)
+        seen.add(sure)
+    assert seen == {True, False}
+
+
+# Generation.
+
+
+def test_texts_and_figures_are_those_of_the_whole_model(memory: MemoryModel) -> None:
+    plain = plainly(memory)
+    for question in QUESTIONS:
+        early, late = (m.answer(question, max_new_tokens=12) for m in (memory, plain))
+        assert (early.text, early.new_tokens, early.ended, early.prompt_tokens) == (
+            late.text,
+            late.new_tokens,
+            late.ended,
+            late.prompt_tokens,
+        )
+        assert early.confidence == pytest.approx(late.confidence, rel=1e-4)
+
+
+def test_layers_that_change_nothing_do_not_run(memory: MemoryModel, runs: list[int]) -> None:
+    layer, last = memory.model.config.layer, len(decoder_layers(memory.model.base)) - 1
+    assert memory._halves.usable
+    runs.clear()
+    answer = whole(memory.continue_text(QUESTIONS[0], Decoding(max_new_tokens=12)))
+    assert runs.count(layer) == answer.new_tokens  # once a token
+    late = runs.count(last)
+    sure = memory.model.config.memory_temperature == SURE
+    assert late < answer.new_tokens / 2 if sure else 0 < late < answer.new_tokens
+
+
+def test_a_confidence_needs_them_once(memory: MemoryModel, runs: list[int]) -> None:
+    last = len(decoder_layers(memory.model.base)) - 1
+    assert memory._halves.usable
+    runs.clear()
+    whole(memory.reply([{"role": "user", "content": QUESTIONS[0]}], Decoding(12)))
+    assert runs[-1] == last  # nothing waits at the end
+    if memory.model.config.memory_temperature == SURE:
+        assert runs.count(last) < 6
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(max_new_tokens=6, lambda_=0.0),
+        Decoding(max_new_tokens=6, lambda_=0.5),
+        Decoding(max_new_tokens=6, temperature=1.0, seed=1),
+        Decoding(max_new_tokens=6, logits_processors=(lambda ids, scores: scores,)),  # type: ignore[arg-type]
+    ],
+    ids=["base alone", "half", "drawn", "processed"],
+)
+def test_what_depends_on_the_whole_mixture_runs_whole(
+    memory: MemoryModel, runs: list[int], decoding: Decoding
+) -> None:
+    assert memory._halves.usable
+    runs.clear()
+    answer = whole(memory.continue_text(QUESTIONS[0], decoding))
+    assert runs == list(range(4)) * answer.new_tokens
+
+
+def test_a_gate_that_looks_at_the_base_model_runs_it_whole(
+    memory: MemoryModel, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varying = Gate((0.1, *[0.0] * (GATE_FEATURES - 1), 2.0), constant_weights(0.9))
+    monkeypatch.setattr(memory.model, "gate", varying)
+    assert memory._halves.usable
+    runs.clear()
+    answer = whole(memory.continue_text(QUESTIONS[0], Decoding(max_new_tokens=6)))
+    assert runs == list(range(4)) * answer.new_tokens
+
+
+def test_the_weight_of_a_constant_gate_is_that_of_the_mixture(memory: MemoryModel) -> None:
+    model = memory.model
+    assert model.constant_weight(0.8, asked=True) == 0.8
+    gate, model.gate = model.gate, Gate(constant_weights(0.75), constant_weights(0.5))
+    try:
+        assert model.constant_weight(0.8, asked=True) == pytest.approx(0.6)
+        assert model.constant_weight(0.8, asked=False) is None
+    finally:
+        model.gate = gate
+
+
+@pytest.mark.parametrize("mark", [None, "e"])
+def test_a_batch_gives_each_what_it_gets_alone(memory: MemoryModel, mark: str | None) -> None:
+    """With a stop string the lines end at different tokens."""
+    stop = (mark,) if mark else ()
+    together = Decoding(max_new_tokens=12, batch_size=4, stop=stop)
+    alone = [whole(plainly(memory).continue_text(q, Decoding(12, stop=stop))) for q in QUESTIONS]
+    for question, expected in zip(QUESTIONS, alone, strict=True):
+        got = whole(memory.continue_text(question, together))
+        assert (got.text, got.new_tokens) == (expected.text, expected.new_tokens)
+
+
+def test_many_at_once_share_a_batch(memory: MemoryModel) -> None:
+    decoding = Decoding(max_new_tokens=12, batch_size=4)
+    talks = [[{"role": "user", "content": question}] for question in QUESTIONS * 2]
+    alone = [whole(plainly(memory).reply(talk, Decoding(12))) for talk in talks]
+    with ThreadPoolExecutor(len(talks)) as threads:
+        got = list(threads.map(lambda talk: whole(memory.reply(talk, decoding)), talks))
+    for one, expected in zip(got, alone, strict=True):
+        assert (one.text, one.new_tokens) == (expected.text, expected.new_tokens)
+        assert one.confidence == pytest.approx(expected.confidence, rel=1e-4)
+
+
+def test_before_its_end_an_answer_has_no_confidence(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, plain = threading.Event(), Reading.logits
+
+    def later(reading: Reading) -> Tensor:
+        assert seen.wait(60)
+        return plain(reading)
+
+    memory = memory_on(tiny_folder, temperature=0.005)  # no token is in doubt
+    assert memory._halves.usable
+    monkeypatch.setattr(Reading, "logits", later)
+    stream = memory.reply([{"role": "user", "content": QUESTIONS[0]}], Decoding(12))
+    for _ in stream:
+        if not seen.is_set():
+            assert stream.answer.confidence is None
+            seen.set()
+    assert seen.is_set()
+    assert stream.answer.confidence is not None
