@@ -27,6 +27,7 @@ SUITES = {
     "gpu_neighbors": "exact neighbours on a GPU beside its matrix products",
     "distillation": "distillation beside the released formulation",
     "decoding": "prefill and decoding beside the bare base model",
+    "answers": "a token of an answer beside the bare base model, as they are served",
     "corpora": "decoding with memories of two corpora",
     "inference_memory": "peak memory of answering",
     "serving": "first token and whole answer beside RAG; many requests at once",

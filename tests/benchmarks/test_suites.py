@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import (
+    answers,
     approximate,
     corpora,
     datastore,
@@ -27,6 +29,7 @@ from benchmarks import (
 from benchmarks.__main__ import SUITES, measure, suite
 from benchmarks.figures import Figure
 from benchmarks.setup import Setup
+from mlpmem_rag import generation
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.lessons import Columns, TextLesson
@@ -169,6 +172,28 @@ def test_the_decoding_suite_times_one_request_and_eight(setup: Setup) -> None:
     for figure in figures:
         check(figure)
     assert [figure.what.rsplit(" ", 1)[1] for figure in figures] == ["1", "1", "8", "8"]
+
+
+def test_the_answers_suite_asks_alone_and_in_one_turn(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    sizes: list[int] = []
+    begun = generation.generate_together
+
+    def counting(generations: Sequence[Any], listeners: Sequence[Any]) -> None:
+        sizes.append(len(generations))
+        begun(generations, listeners)
+
+    monkeypatch.setattr(generation, "generate_together", counting)
+    questions = setup.work / "questions.jsonl"
+    questions.write_text('{"question": "What was found in the old mill?"}\n' * 8)
+    figures = answers.run(replace(setup, questions=questions))
+    for figure in figures:
+        check(figure)
+    assert [figure.what[-1] for figure in figures] == ["1", "8"]
+    # Two rounds and a warm-up of both ways, each group behind the request that holds it.
+    assert sizes == [1, 1] * (3 * 2 * 8) + [1, 8] * (3 * 2)
 
 
 def test_the_memory_of_another_corpus_is_as_large(setup: Setup) -> None:
