@@ -154,6 +154,7 @@ def load_backbone(
     name_or_path: str,
     *,
     layer: int | None = None,
+    depth: float = DEFAULT_DEPTH,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -162,7 +163,8 @@ def load_backbone(
 
     Args:
         name_or_path: what to load; embedded names need no network.
-        layer: index of the decoder layer to tap, negative from the end; None: 70 % of depth.
+        layer: index of the decoder layer to tap, negative from the end; None: by `depth`.
+        depth: where to tap as a share of the layers, if no layer is given.
         device: `auto`, `cpu`, `cuda`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`; `stored`: as its files have it.
         revision: commit or branch on the hub.
@@ -186,7 +188,7 @@ def load_backbone(
     for parameter in model.parameters() if torch_dtype else ():
         # Not model.to(dtype): that would round the buffers too, rotary frequencies among them.
         parameter.data = parameter.data.to(torch_dtype)
-    backbone = Backbone(model, tokenizer, resolve_layer(layer, num_layers), reference)
+    backbone = Backbone(model, tokenizer, resolve_layer(layer, num_layers, depth), reference)
     _check_causal(backbone)  # refuse now rather than in the middle of the work
     return backbone
 
@@ -275,14 +277,14 @@ def context_window(model: PreTrainedModel) -> int:
     return int(getattr(text_config(model), "max_position_embeddings", None) or 1024)
 
 
-def resolve_layer(layer: int | None, num_layers: int) -> int:
-    """Index of the tapped layer. None means `DEFAULT_DEPTH`; negative counts from the end.
+def resolve_layer(layer: int | None, num_layers: int, depth: float = DEFAULT_DEPTH) -> int:
+    """Index of the tapped layer. None means at that depth; negative counts from the end.
 
     Raises:
         ConfigError: no such layer.
     """
     if layer is None:
-        return min(num_layers - 1, round(DEFAULT_DEPTH * num_layers))
+        return min(num_layers - 1, round(depth * num_layers))
     if not -num_layers <= layer < num_layers:
         raise ConfigError(
             f"layer {layer} does not exist: the base model has {num_layers} decoder layers, "

@@ -18,6 +18,9 @@ from mlpmem_rag.split import check_held_out
 from mlpmem_rag.targets import check_tau
 
 RECIPES = ("self-study", "paper")
+DEPTHS = {"self-study": 0.55, "paper": 0.7}
+"""Where a memory reads, as a share of the base's layers: for answers a bit earlier than the paper
+for text (docs/experiments.md), which is also sooner there."""
 
 PAPER_OPTIMISATION = DistillConfig()
 STUDY_OPTIMISATION = DistillConfig(learning_rate=1e-3, epochs=8, batch_rows=512, patience=8)
@@ -32,7 +35,7 @@ class TrainConfig:
             written from it. `paper`: kNN targets from the corpus alone.
         base_model: hub id, local folder or embedded name.
         size: `small`, `base` or `large` memory.
-        layer: decoder layer to read; None: 70 % of the depth.
+        layer: decoder layer to read; None: at the depth that suits the recipe.
         device: `auto`, `cpu`, `cuda`.
         dtype: number format of the base; `auto`, `float32`, `bfloat16`, `float16`.
         seed: of the held-out documents, the initial weights and the order of rows.

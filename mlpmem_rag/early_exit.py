@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
@@ -29,6 +29,20 @@ from mlpmem_rag.tap import tap_on
 
 TRIAL = 8
 """Tokens of the trial."""
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings that differ with the length of the text: what was read cannot be kept."""
+HARMLESS = frozenset(
+    (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+        *("max_length", "max_new_tokens", "transformers_version", "_from_model_config"),
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+        *("epsilon_cutoff", "eta_cutoff", "use_cache", "return_dict_in_generate"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    )
+)
+"""Settings of a base model's own that change nothing where the best token is taken each time."""
+PIECE = 64
+"""Positions whose distributions exist at once: each takes W numbers several times."""
 
 
 class Line(Protocol):
@@ -52,15 +66,41 @@ class Halves:
         self._base = base
         self._layer = layer
 
-    @cached_property
+    @property
     def usable(self) -> bool:
-        """Whether both halves give what the whole gives."""
-        parts = self._base, self._base.base_model
-        if any(part._compiled_call_impl is not None for part in parts):
+        """Whether greedy texts can be had from the halves as from the whole."""
+        # Compiled, the whole is faster; and settings of the base model's own change the mixture.
+        compiled = (part._compiled_call_impl for part in (self._base, self._base.base_model))
+        if any(call is not None for call in compiled):
             return False
+        settings = self._base.generation_config
+        return set(settings.to_diff_dict()) <= HARMLESS and self.divisible
+
+    @cached_property
+    def divisible(self) -> bool:
+        """Whether both halves give what the whole gives."""
+        layers = decoder_layers(self._base)
         attends = all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers)
-        rest = len(decoder_layers(self._base)) - self.split
-        return attends and rest > 0 and self._divides()
+        generates = type(self._base).prepare_inputs_for_generation
+        by_itself = generates is GenerationMixin.prepare_inputs_for_generation
+        turns = {str(getattr(part, "rope_type", "")) for part in self._base.modules()}
+        fixed = not any(kind in turn for kind in BY_LENGTH for turn in turns)
+        return attends and by_itself and fixed and self.split < len(layers) and self._agrees()
+
+    @torch.inference_mode()
+    def _agrees(self) -> bool:
+        ids = torch.arange(TRIAL, device=self._base.device)[None] + 5
+        ids %= int(text_config(self._base).vocab_size)
+        mask = torch.ones_like(ids)
+        try:
+            whole = self._base(
+                input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([TRIAL - 1])
+            )
+            reading = Reading(self, None, mask)
+            reading.read(ids)
+            return torch.equal(self.head(reading.rest()), whole.logits)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False  # another build of model than this knows
 
     def new_cache(self) -> DynamicCache:
         """An empty cache of the whole model."""
@@ -116,6 +156,10 @@ class Halves:
         if not {"layers", "norm"} <= set(body._modules):
             raise AttributeError("layers and norm")
         body._modules["layers"] = nn.ModuleList(decoder_layers(self._base)[layers])
+        kinds = getattr(body.config, "layer_types", None)
+        if kinds is not None:  # the body looks up each layer's mask by its number
+            body.config = copy.copy(body.config)
+            body.config.__dict__["layer_types"] = list(kinds)[layers]
         return body
 
 
@@ -132,6 +176,7 @@ class Reading:
                 *Shape:* (B, T).
         """
         self._halves = halves
+        self.head = halves.head
         self._mask = mask
         whole = halves.new_cache() if cache is None else cache
         self._early, self._late = DynamicCache(), _LateCache(halves.split)
@@ -149,14 +194,17 @@ class Reading:
         self._waiting.append(self._run(self._halves.early, self._early, input_ids=token_ids))
         return tap.take().reshape(*token_ids.shape, -1)[:, -1:]
 
-    def logits(self) -> Tensor:
-        """The base's, after each `read` since they were last asked for. *Shape:* -> (B, N, W)."""
+    def rest(self) -> Tensor:
+        """The second half's states after each `read` since this was last asked for.
+
+        They are what the head reads. *Shape:* -> (B, N, D).
+        """
         ends = torch.tensor([states.shape[1] for states in self._waiting]).cumsum(0) - 1
         states = torch.cat(self._waiting, dim=1)
         self._waiting = []
-        last = self._run(self._halves.late, self._late, inputs_embeds=states)
-        logits: Tensor = self._halves.head(last[:, ends.to(last.device)])
-        return logits
+        return self._run(self._halves.late, self._late, inputs_embeds=states)[
+            :, ends.to(states.device)
+        ]
 
     def _run(self, half: nn.Module, cache: DynamicCache, **given: Tensor) -> Tensor:
         (sequence,) = given.values()
@@ -217,16 +265,22 @@ def generate_early(
     """
     memory, temperature = model.memory, model.config.memory_temperature
     view = None if query is None else query[:, None]
+    own = torch.tensor(weight, device=token_ids.device)
+    head = reading.head
     over = [False] * len(lines)
     waiting: list[Tensor] = []
 
-    def mixtures() -> Tensor:
-        share = Share(torch.cat(waiting, 1), memory.corpus_tokens, waiting[0].new_tensor(weight))
-        mixed = mixture(reading.logits().float().log_softmax(-1), [share])
+    def last_mixture() -> Tensor:
+        log_probs, states = torch.cat(waiting, 1), reading.rest()
         waiting.clear()
-        for step in range(mixed.shape[1]):
-            note(mixed[:, step])
-        return mixed
+        for part in range(0, states.shape[1], step := max(1, PIECE // len(lines))):
+            logits = head(states[:, part : part + step])
+            base = logits.float().log_softmax(-1)
+            share = Share(log_probs[:, part : part + step], memory.corpus_tokens, own)
+            mixed = mixture(base, [share])
+            for position in range(mixed.shape[1]):
+                note(mixed[:, position])
+        return mixed[:, -1]
 
     while True:
         log_probs = memory.log_probs(reading.read(token_ids), view, temperature)  # (B, 1, V)
@@ -234,14 +288,14 @@ def generate_early(
         if all(map(bool.__or__, over, decided(log_probs[:, 0], weight))):
             chosen = memory.corpus_tokens[log_probs[:, 0].argmax(-1)]
         else:
-            chosen = mixtures()[:, -1].argmax(-1)
+            chosen = last_mixture().argmax(-1)
         ended = []
         for number, (line, token) in enumerate(zip(lines, chosen.tolist(), strict=True)):
             if not over[number] and line.take(token):
                 over[number] = True
                 ended.append(line)
         if waiting and any(line.wants_distributions() for line in ended):
-            mixtures()
+            last_mixture()
         for line in ended:
             line.end()
         if all(over):

@@ -60,7 +60,8 @@ class Answer:
 
     Attributes:
         text: the answer.
-        seconds: wall time from question to last token.
+        seconds: wall time from question to the end, which is when the confidence is known; before
+            the end, to the last token.
         ttft_seconds: wall time from question to first token.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, the end-of-text token included.
@@ -119,6 +120,7 @@ class Generation:
         self._prompt_tokens = 0
         self._cut_tokens = 0
         self._times: list[float] = []
+        self._finished: float | None = None
         self._ended = False
 
     @property
@@ -169,7 +171,7 @@ class Generation:
         times, lambda_ = self._times, self.decoding.lambda_
         return Answer(
             text=text,
-            seconds=times[-1] if times else 0.0,
+            seconds=self._finished or (times[-1] if times else 0.0),
             ttft_seconds=times[0] if times else 0.0,
             prompt_tokens=self._prompt_tokens,
             new_tokens=len(times),
@@ -178,6 +180,10 @@ class Generation:
             ended=self._ended,
             lambda_=self.parts.model.memory_lambda if lambda_ is None else lambda_,
         )
+
+    def finish(self) -> None:
+        """Nothing more is generated."""
+        self._finished = time.perf_counter() - self._started
 
     @property
     def has_confidence(self) -> bool:
@@ -218,6 +224,7 @@ class Writer:
 
     def end(self) -> None:
         """Nothing more comes."""
+        self._generation.finish()
         self._listener.end()
 
 
@@ -255,11 +262,11 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     cache = parts.openings.cache(opening, len(prompts))
     whole_ids = torch.cat([before, token_ids], dim=1).to(model.device)
     whole_mask = torch.cat([torch.ones_like(before), mask], dim=1).to(model.device)
-    weight = model.constant_weight(lambda_, asked=query is not None) if decoding.greedy else None
+    weight = _constant_weight(parts, decoding, query)
     if weight is not None and weight > 0.5 and parts.halves.usable:
         reading = Reading(parts.halves, cache, whole_mask)
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
-        view = None if query is None else query.to(model.device)
+        view = query.to(model.device) if query is not None and model.query_size else None
         generate_early(model, reading, unread, view, weight, writers, recorder.note)
         return
     model.generate(
@@ -272,6 +279,21 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         query_vector=query,
         past_key_values=cache,
     )
+
+
+def _constant_weight(parts: Parts, decoding: Decoding, query: Tensor | None) -> float | None:
+    """The memory's weight where it is the same for every token that is taken; else None."""
+    model = parts.model
+    if not decoding.greedy or model._compiled_call_impl is not None:
+        return None
+    asked = query is not None
+    if model.query_size:
+        # Otherwise `generate` looks for the question in the ids, or refuses the vectors.
+        asked = query is not None and query.shape[1] == model.query_size
+        if not asked or not query.any(-1).all():
+            return None
+    lambda_ = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
+    return model.constant_weight(lambda_, asked=asked)
 
 
 def _shared_opening(prompts: Sequence[Prompt]) -> list[int]:

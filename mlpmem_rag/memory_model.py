@@ -121,7 +121,7 @@ class MemoryModel:
         )
         memory = cls(model, backbone.tokenizer, model.query_encoder, settings.confidence)
         memory.folder, memory.backbone = Path(folder), backbone
-        _ = memory._halves.usable  # tried now, not by the first request
+        _ = memory._halves.divisible  # tried now, not by the first request
         return memory
 
     def close(self) -> None:
@@ -337,7 +337,7 @@ class MemoryModel:
             self.encoder, self.confidence = other.encoder, other.confidence
             self.folder, self.backbone = other.folder, other.backbone
             self._openings = Openings(other.model.base)
-            self._halves = Halves(other.model.base, other.model.config.layer)
+            self._halves = other._halves
 
         for _ in self._turns.pieces(alone(take)):
             pass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlpmem_rag import __version__
 from mlpmem_rag.backbone import Backbone, load_backbone
-from mlpmem_rag.config import TrainConfig
+from mlpmem_rag.config import DEPTHS, TrainConfig
 from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.errors import CorpusError
 from mlpmem_rag.integrity import sha256
@@ -57,7 +57,11 @@ def prepare(
     )
     on_progress(ProgressEvent("base model", 0, 1, "model"))
     backbone = load_backbone(
-        config.base_model, layer=config.layer, device=config.device, dtype=config.dtype
+        config.base_model,
+        layer=config.layer,
+        depth=DEPTHS[config.recipe],
+        device=config.device,
+        dtype=config.dtype,
     )
     on_progress(ProgressEvent("base model", 1, 1, "model"))
     token_ids = tokenize(corpus.documents, backbone.tokenizer, on_progress=on_progress)
@@ -77,7 +81,7 @@ def datastore_key(prepared: Prepared, config: TrainConfig) -> str:
     reference = prepared.backbone.reference
     return stage_key(
         prepared.corpus.fingerprint,
-        (reference.weights, reference.tokenizer, config.layer),
+        (reference.weights, reference.tokenizer, prepared.backbone.layer),
         (config.window, config.device, config.dtype),
     )
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mlpmem_rag import early_exit
+from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import decoder_layers, load_backbone
 from mlpmem_rag.confidence import NUM_FEATURES, Confidence
@@ -24,7 +30,7 @@ from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.generation import Answer
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
-from mlpmem_rag.mixing import mix
+from mlpmem_rag.mixing import Share, mix
 from mlpmem_rag.model import attach_memory
 from tests.conftest import save_model
 
@@ -60,22 +66,32 @@ def memory(request: pytest.FixtureRequest, tiny_folder: Path) -> MemoryModel:
 
 
 @pytest.fixture
-def runs(memory: MemoryModel) -> Iterator[list[int]]:
-    """Numbers of the layers that run, in order."""
-    seen: list[int] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
-        for number, layer in enumerate(decoder_layers(memory.model.base))
-    ]
-    yield seen
+def runs_of() -> Iterator[Callable[[Any], list[int]]]:
+    """Gives, for a base model, the numbers of its layers that run from now on, in order."""
+    handles = []
+
+    def watch(base: Any) -> list[int]:  # noqa: ANN401
+        seen: list[int] = []
+        for number, layer in enumerate(decoder_layers(base)):
+            hook = partial(lambda number, *_: seen.append(number), number)
+            handles.append(layer.register_forward_pre_hook(hook))
+        return seen
+
+    yield watch
     for handle in handles:
         handle.remove()
+
+
+@pytest.fixture
+def runs(memory: MemoryModel, runs_of: Callable[[Any], list[int]]) -> list[int]:
+    assert memory._halves.usable
+    return runs_of(memory.model.base)
 
 
 def plainly(memory: MemoryModel) -> MemoryModel:
     """The same memory, whose base model always runs whole."""
     plain = MemoryModel(memory.model, memory.tokenizer, confidence=memory.confidence)
-    plain._halves.__dict__["usable"] = False
+    plain._halves.__dict__["divisible"] = False
     return plain
 
 
@@ -103,24 +119,54 @@ def test_after_the_last_layer_there_is_no_second_half(memory: MemoryModel) -> No
     assert [Halves(memory.model.base, layer).usable for layer in range(4)] == [True] * 3 + [False]
 
 
+def base_of(folder: Path) -> Any:  # noqa: ANN401
+    return load_backbone(str(folder), device="cpu", dtype="float32").model
+
+
 def test_a_compiled_model_stays_whole(tiny_folder: Path) -> None:
-    base = load_backbone(str(tiny_folder), device="cpu", dtype="float32").model
-    base.compile(backend="eager")
+    memory = memory_on(tiny_folder, temperature=SURE)
+    assert memory._halves.usable
+    memory.model.base.compile(backend="eager")
+    assert not memory._halves.usable
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "usable"),
+    [
+        ("repetition_penalty", 1.3, False),
+        ("no_repeat_ngram_size", 2, False),
+        ("suppress_tokens", [5], False),
+        ("temperature", 0.7, True),
+        ("top_p", 0.8, True),
+    ],
+)
+def test_a_base_model_with_rules_of_its_own_stays_whole(
+    tiny_folder: Path, setting: str, value: object, *, usable: bool
+) -> None:
+    memory = memory_on(tiny_folder, temperature=SURE)
+    setattr(memory.model.base.generation_config, setting, value)
+    assert memory._halves.usable == usable
+    early, late = (m.answer(QUESTIONS[0], max_new_tokens=12) for m in (memory, plainly(memory)))
+    assert (early.text, early.confidence) == (late.text, pytest.approx(late.confidence))
+
+
+def test_a_base_model_that_rereads_long_texts_stays_whole(tiny_folder: Path) -> None:
+    base = base_of(tiny_folder)
+
+    class Rereading(type(base)):  # type: ignore[misc]
+        def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> object:
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    assert Halves(base, 1).usable
+    base.__class__ = Rereading
     assert not Halves(base, 1).usable
 
 
-def test_layers_that_see_a_window_forget_alike(tmp_path: Path) -> None:
-    """Beyond the window: four positions, where prompts have some twenty."""
-    folder = save_model(tmp_path / "mistral", "mistral")
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 4}))
-    memory = memory_on(folder, temperature=0.2)
-    plain = plainly(memory)
-    assert memory._halves.usable
-    assert memory._halves.new_cache().is_sliding == [True] * 4
-    for question in QUESTIONS:
-        early, late = (m.answer(question, max_new_tokens=12) for m in (memory, plain))
-        assert (early.text, early.new_tokens) == (late.text, late.new_tokens)
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_length_stay_whole(tiny_folder: Path, kind: str) -> None:
+    base = base_of(tiny_folder)
+    base.base_model.rotary_emb.rope_type = kind
+    assert not Halves(base, 1).usable
 
 
 def test_every_family_answers_as_its_whole_model_does(family_folder: Path) -> None:
@@ -135,32 +181,69 @@ def test_every_family_answers_as_its_whole_model_does(family_folder: Path) -> No
 # The two halves.
 
 
+SEES = {"full": "full_attention", "near": "sliding_attention"}
+
+
+@pytest.fixture(
+    params=[*sorted(DIVISIBLE), "full full full near", "near full near full", "full full near near"]
+)
+def divisible(request: pytest.FixtureRequest, tmp_path: Path) -> Any:  # noqa: ANN401
+    """Base models, some with layers that see no more than six tokens."""
+    family = request.param if request.param in DIVISIBLE else "qwen3"
+    folder = save_model(tmp_path / family, family)
+    config = json.loads((folder / "config.json").read_text())
+    if family == "mistral":
+        config["sliding_window"] = 6
+    elif family != request.param:
+        kinds = [SEES[word] for word in request.param.split()]
+        config |= {"layer_types": kinds, "sliding_window": 6, "use_sliding_window": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return base_of(folder)
+
+
 @pytest.mark.parametrize("begun", [0, 2])
-def test_what_waited_comes_out_as_from_one_pass(memory: MemoryModel, begun: int) -> None:
-    base = memory.model.base
-    ids, mask = padded(memory, QUESTIONS[:2])
-    more = torch.tensor([[260, 261, 262], [270, 271, 272]])
-    everything = torch.cat([ids, more], dim=1)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_what_waited_comes_out_as_token_by_token(
+    divisible: Any,  # noqa: ANN401
+    memory: MemoryModel,
+    layer: int,
+    begun: int,
+) -> None:
+    base, halves = divisible, Halves(divisible, layer)
+    assert halves.usable
+    ids, mask = padded(memory, QUESTIONS[1:3])
+    more = torch.tensor([[260, 261, 262, 263], [270, 271, 272, 273]])
+    ids_of_all = torch.cat([ids, more], dim=1)
     mask_of_all = torch.cat([mask, torch.ones_like(more)], dim=1)
     positions = (mask_of_all.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    with torch.inference_mode():
-        expected = base(
-            input_ids=everything, attention_mask=mask_of_all, position_ids=positions
+    length, end = ids.shape[1], ids_of_all.shape[1]
+    assert length > 6 + begun
+
+    def whole(start: int, stop: int, cache: DynamicCache) -> Tensor:
+        logits: Tensor = base(
+            input_ids=ids_of_all[:, start:stop],
+            attention_mask=mask_of_all[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
         ).logits
-        if begun:
-            start = {"attention_mask": mask[:, :begun], "position_ids": positions[:, :begun]}
-            base(input_ids=ids[:, :begun], past_key_values=cache, use_cache=True, **start)
-        reading = Reading(Halves(base, 1), cache if begun else None, mask)
+        return logits[:, -1]
+
+    with torch.inference_mode():
+        cache = halves.new_cache()
+        steps = [(0, length), *((place, place + 1) for place in range(length, end))]
+        expected = torch.stack([whole(*step, cache) for step in steps], dim=1)
+        opening = halves.new_cache() if begun else None
+        if opening is not None:
+            whole(0, begun, opening)
+        reading = Reading(halves, opening, mask)
         reading.read(ids[:, begun:])
         reading.read(more[:, :1])
-        first = reading.logits()
-        reading.read(more[:, 1:2])
-        reading.read(more[:, 2:])
-        second = reading.logits()
-    length = ids.shape[1]
-    assert torch.allclose(first, expected[:, length - 1 : length + 1], atol=1e-4)
-    assert torch.allclose(second, expected[:, length + 1 :], atol=1e-4)
+        first = reading.rest()
+        for place in range(1, more.shape[1]):
+            reading.read(more[:, place : place + 1])
+        found = halves.head(torch.cat([first, reading.rest()], dim=1))
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_the_state_is_what_the_memory_is_taught_with(memory: MemoryModel) -> None:
@@ -292,6 +375,97 @@ def test_the_weight_of_a_constant_gate_is_that_of_the_mixture(memory: MemoryMode
         model.gate = gate
 
 
+def with_view(memory: MemoryModel) -> MemoryModel:
+    """The same base with a memory that reads a query vector, behind a constant gate."""
+    folder = Path(memory.model.base.name_or_path)
+    backbone = load_backbone(str(folder), layer=1, device="cpu", dtype="float32")
+    config = MemoryConfig(32, 24, 1, "silu", gated=True, vocab_size=41, query_size=6)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        aware = Memory(config)
+    aware.corpus_tokens = torch.arange(259, 300)
+    gate = Gate(constant_weights(0.9), constant_weights(0.2))
+    temperature = memory.model.config.memory_temperature
+    settings = MemorySettings(backbone.reference, 1, config, 1.0, temperature, gate=gate)
+    model = attach_memory(backbone, aware, settings)
+    return MemoryModel(model, backbone.tokenizer, Letters(), memory.confidence)
+
+
+class Letters:
+    """A text's first letters as its vector."""
+
+    name = "letters"
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        rows = np.array([[ord(letter) for letter in f"{text:6}"[:6]] for text in texts])
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_the_question_and_a_constant_gate_are_seen_as_in_a_batch(memory: MemoryModel) -> None:
+    """`answer_batch`, which confidences are fitted on, is transformers' own `generate`."""
+    aware = with_view(memory)
+    assert aware._halves.usable
+    vectors = Letters().encode(QUESTIONS)
+    expected = answer_batch(aware.model, aware.tokenizer, QUESTIONS, vectors, max_new_tokens=12)
+    for question, (text, trace) in zip(QUESTIONS, expected, strict=True):
+        answer = aware.answer(question, max_new_tokens=12)
+        assert aware.confidence is not None
+        sure = pytest.approx(aware.confidence.of(trace), rel=1e-4)
+        assert (answer.text, answer.confidence) == (text, sure)
+
+
+@pytest.mark.parametrize("how", ["no encoder", "nothing asked"])
+def test_where_no_request_is_given_generate_looks_for_one(
+    memory: MemoryModel, how: str, runs_of: Callable[[Any], list[int]]
+) -> None:
+    aware = with_view(memory)
+    if how == "no encoder":
+        aware.encoder = None
+    else:
+        aware.encoder = Nothing()
+    runs = runs_of(aware.model.base)
+    answer = whole(aware.continue_text(QUESTIONS[0], Decoding(max_new_tokens=6)))
+    assert runs == list(range(4)) * answer.new_tokens
+
+
+class Nothing(Letters):
+    """No text asks anything."""
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        return np.zeros((len(texts), 6), dtype=np.float32)
+
+
+def test_the_seconds_of_an_answer_hold_all_of_it(
+    memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Reading.rest
+
+    def slowly(reading: Reading) -> Tensor:
+        time.sleep(0.3)
+        return plain(reading)
+
+    monkeypatch.setattr(Reading, "rest", slowly)
+    answer = memory.answer(QUESTIONS[0], max_new_tokens=3)
+    assert answer.seconds >= 0.3
+
+
+def test_distributions_of_a_long_answer_do_not_all_exist_at_once(
+    memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    plain = early_exit.mixture
+
+    def counting(base: Tensor, shares: Sequence[Share]) -> Tensor:
+        sizes.append(base.shape[1])
+        return plain(base, shares)
+
+    monkeypatch.setattr(early_exit, "mixture", counting)
+    monkeypatch.setattr(early_exit, "PIECE", 4)
+    early, late = (m.answer(QUESTIONS[0], max_new_tokens=20) for m in (memory, plainly(memory)))
+    assert 0 < max(sizes) <= 4
+    assert early.confidence == pytest.approx(late.confidence, rel=1e-4)
+
+
 @pytest.mark.parametrize("mark", [None, "e"])
 def test_a_batch_gives_each_what_it_gets_alone(memory: MemoryModel, mark: str | None) -> None:
     """With a stop string the lines end at different tokens."""
@@ -317,7 +491,7 @@ def test_many_at_once_share_a_batch(memory: MemoryModel) -> None:
 def test_before_its_end_an_answer_has_no_confidence(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, plain = threading.Event(), Reading.logits
+    seen, plain = threading.Event(), Reading.rest
 
     def later(reading: Reading) -> Tensor:
         assert seen.wait(60)
@@ -325,7 +499,7 @@ def test_before_its_end_an_answer_has_no_confidence(
 
     memory = memory_on(tiny_folder, temperature=0.005)  # no token is in doubt
     assert memory._halves.usable
-    monkeypatch.setattr(Reading, "logits", later)
+    monkeypatch.setattr(Reading, "rest", later)
     stream = memory.reply([{"role": "user", "content": QUESTIONS[0]}], Decoding(12))
     for _ in stream:
         if not seen.is_set():

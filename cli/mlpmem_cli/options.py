@@ -66,7 +66,8 @@ BasePlaceOption = Annotated[
 ]
 SizeOption = Annotated[Size | None, typer.Option(help="Size of the memory. [default: base]")]
 LayerOption = Annotated[
-    int | None, typer.Option(help="Decoder layer to read. [default: at 70 % of the depth]")
+    int | None,
+    typer.Option(help="Decoder layer to read. [default: at 55 % of the depth; paper: at 70 %]"),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the base model.")]
