@@ -81,11 +81,12 @@ class Halves:
         """Whether both halves give what the whole gives."""
         layers = decoder_layers(self._base)
         attends = all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers)
-        generates = type(self._base).prepare_inputs_for_generation
-        by_itself = generates is GenerationMixin.prepare_inputs_for_generation
+        base: Any = type(self._base)  # annotated without what generates
+        plain = GenerationMixin.prepare_inputs_for_generation
+        rereads = base.prepare_inputs_for_generation is not plain
         turns = {str(getattr(part, "rope_type", "")) for part in self._base.modules()}
         fixed = not any(kind in turn for kind in BY_LENGTH for turn in turns)
-        return attends and by_itself and fixed and self.split < len(layers) and self._agrees()
+        return attends and not rereads and fixed and self.split < len(layers) and self._agrees()
 
     @torch.inference_mode()
     def _agrees(self) -> bool:
@@ -105,21 +106,6 @@ class Halves:
     def new_cache(self) -> DynamicCache:
         """An empty cache of the whole model."""
         return DynamicCache(config=self._base.config)
-
-    @torch.inference_mode()
-    def _divides(self) -> bool:
-        ids = torch.arange(TRIAL, device=self._base.device)[None] + 5
-        ids %= int(text_config(self._base).vocab_size)
-        mask = torch.ones_like(ids)
-        try:
-            whole = self._base(
-                input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([TRIAL - 1])
-            )
-            reading = Reading(self, None, mask)
-            reading.read(ids)
-            return torch.equal(reading.logits(), whole.logits)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            return False  # another build of model than this knows
 
     @property
     def split(self) -> int:

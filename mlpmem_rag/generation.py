@@ -286,14 +286,15 @@ def _constant_weight(parts: Parts, decoding: Decoding, query: Tensor | None) -> 
     model = parts.model
     if not decoding.greedy or model._compiled_call_impl is not None:
         return None
-    asked = query is not None
-    if model.query_size:
-        # Otherwise `generate` looks for the question in the ids, or refuses the vectors.
-        asked = query is not None and query.shape[1] == model.query_size
-        if not asked or not query.any(-1).all():
-            return None
+    if model.query_size and not _is_request(query, model.query_size):
+        return None  # `generate` looks for the question in the ids, or refuses the vectors
     lambda_ = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
-    return model.constant_weight(lambda_, asked=asked)
+    return model.constant_weight(lambda_, asked=query is not None)
+
+
+def _is_request(query: Tensor | None, width: int) -> bool:
+    """Whether every row says what is asked. *Shape:* (B, Q)."""
+    return query is not None and query.shape[1] == width and bool(query.any(-1).all())
 
 
 def _shared_opening(prompts: Sequence[Prompt]) -> list[int]:

@@ -30,7 +30,7 @@ from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.generation import Answer
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
-from mlpmem_rag.mixing import Share, mix
+from mlpmem_rag.mixing import Share, mix, mixture
 from mlpmem_rag.model import attach_memory
 from tests.conftest import save_model
 
@@ -147,7 +147,8 @@ def test_a_base_model_with_rules_of_its_own_stays_whole(
     setattr(memory.model.base.generation_config, setting, value)
     assert memory._halves.usable == usable
     early, late = (m.answer(QUESTIONS[0], max_new_tokens=12) for m in (memory, plainly(memory)))
-    assert (early.text, early.confidence) == (late.text, pytest.approx(late.confidence))
+    assert early.text == late.text
+    assert early.confidence == pytest.approx(late.confidence)
 
 
 def test_a_base_model_that_rereads_long_texts_stays_whole(tiny_folder: Path) -> None:
@@ -394,11 +395,13 @@ def with_view(memory: MemoryModel) -> MemoryModel:
 class Letters:
     """A text's first letters as its vector."""
 
-    name = "letters"
+    name, size = "letters", 6
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        rows = np.array([[ord(letter) for letter in f"{text:6}"[:6]] for text in texts])
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        letters = [[ord(letter) for letter in f"{text:6}"[:6]] for text in texts]
+        rows = np.array(letters, dtype=np.float32)
+        unit: npt.NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return unit
 
 
 def test_the_question_and_a_constant_gate_are_seen_as_in_a_batch(memory: MemoryModel) -> None:
@@ -410,8 +413,8 @@ def test_the_question_and_a_constant_gate_are_seen_as_in_a_batch(memory: MemoryM
     for question, (text, trace) in zip(QUESTIONS, expected, strict=True):
         answer = aware.answer(question, max_new_tokens=12)
         assert aware.confidence is not None
-        sure = pytest.approx(aware.confidence.of(trace), rel=1e-4)
-        assert (answer.text, answer.confidence) == (text, sure)
+        assert answer.text == text
+        assert answer.confidence == pytest.approx(aware.confidence.of(trace), rel=1e-4)
 
 
 @pytest.mark.parametrize("how", ["no encoder", "nothing asked"])
@@ -453,11 +456,10 @@ def test_distributions_of_a_long_answer_do_not_all_exist_at_once(
     memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    plain = early_exit.mixture
 
     def counting(base: Tensor, shares: Sequence[Share]) -> Tensor:
         sizes.append(base.shape[1])
-        return plain(base, shares)
+        return mixture(base, shares)
 
     monkeypatch.setattr(early_exit, "mixture", counting)
     monkeypatch.setattr(early_exit, "PIECE", 4)
