@@ -218,7 +218,9 @@ def before_forward() -> Iterator[Callable[[torch.nn.Module, Callable[[int], obje
         def hook(*_: object) -> None:
             call(next(passes))
 
-        handles.append(model.register_forward_pre_hook(hook))
+        # Where every pass begins, of a whole model or of its first layers alone.
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        handles.append(embeddings.register_forward_pre_hook(hook))
 
     yield register
     for handle in handles:

@@ -42,10 +42,10 @@ def read(memory: MemoryModel) -> Iterator[list[int]]:
     """How many tokens each forward pass of the base model reads."""
     widths: list[int] = []
 
-    def note(_: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        widths.append(kwargs["input_ids"].shape[1])
+    def note(_: object, args: tuple[torch.Tensor, ...]) -> None:
+        widths.append(args[0].shape[1])
 
-    handle = memory.model.base.register_forward_pre_hook(note, with_kwargs=True)
+    handle = memory.model.base.get_input_embeddings().register_forward_pre_hook(note)
     yield widths
     handle.remove()
 
