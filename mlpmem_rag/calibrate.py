@@ -7,6 +7,7 @@ not; questions about documents that were not learned; and text of these document
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,9 @@ MAX_QUESTIONS = 128
 """Questions of each kind that are answered for calibration."""
 MAX_TEXT_TOKENS = 2048
 BATCH = 16
+MAX_HARM = 1.005
+"""Perplexity on the base model's own samples, mixture over base: about what text that has nothing
+to do with the corpus suffers (docs/experiments.md)."""
 OTHER_TEXTS = 32
 OTHER_TOKENS = 64
 
@@ -210,6 +214,30 @@ def _fitted(parts: Sequence[HeldOutRows]) -> tuple[float, ...]:
     return fit_gate(rows.features, rows.p_memory, rows.p_base, weights)
 
 
+def unharming(weights: tuple[float, ...], other: HeldOutRows) -> tuple[float, ...]:
+    """A gate's weights with the largest constant, up to its own, that does no harm to other text.
+
+    The mixture's perplexity on these rows is at most `MAX_HARM` times the base's.
+    """
+
+    def shifted(shift: float) -> tuple[float, ...]:
+        return (*weights[:-1], weights[-1] + shift)
+
+    def harms(shift: float) -> bool:
+        gate = Gate(asked=weights, plain=shifted(shift))
+        mixed = other.mixed(gate, 1.0, asked=False).clamp_min(1e-30)
+        harm = (other.p_base.clamp_min(1e-30).log() - mixed.log()).mean()
+        return float(harm) > math.log(MAX_HARM)
+
+    if not harms(0.0):
+        return weights
+    low, high = -60.0, 0.0  # at the lower end the gate is closed
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if harms(middle) else (middle, high)
+    return shifted(low)
+
+
 @dataclass(frozen=True)
 class StudyFigures:
     """What the training without held-out parts has learned of the written questions.
@@ -306,7 +334,8 @@ def calibrate(
     taught, known, unknown = some(split.train), some(split.known), some(split.unknown)
     text = text.some(MAX_TEXT_TOKENS, rng)
     other = score_other_text(backbone, model.memory, seed=seed)
-    gate = Gate(asked=constant_weights(ASKED_OPENING), plain=_fitted([text, other]))
+    plain = unharming(_fitted([text, other]), other)
+    gate = Gate(asked=constant_weights(ASKED_OPENING), plain=plain)
 
     asked = np.concatenate([taught, known, unknown])
     right_answers = [answer_ids(backbone.tokenizer, questions[n].answer) for n in asked]

@@ -16,6 +16,7 @@ from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.calibrate import (
+    MAX_HARM,
     Calibration,
     HeldOutAnswer,
     HeldOutRows,
@@ -28,6 +29,7 @@ from mlpmem_rag.calibrate import (
     score_positions,
     score_text,
     split_questions,
+    unharming,
 )
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.contexts import Contexts, encode_contexts
@@ -316,18 +318,52 @@ def test_coverage_by_hand() -> None:
 @pytest.fixture(scope="module")
 def calibrated(llama: Setup) -> tuple[Calibration, QuestionSplit]:
     split = QuestionSplit(np.array([0, 3]), np.array([1, 4]), np.array([2]))
+    return recalibrated(llama, split), split
+
+
+def recalibrated(llama: Setup, split: QuestionSplit) -> Calibration:
     rows = np.arange(sum(window.num_rows for window in llama.windows))
     text = score_text(llama.backbone, llama.model.memory, llama.windows, rows)
-    calibration = calibrate(
-        llama.model, llama.backbone, QUESTIONS, llama.study, split, text, 0.5, seed=0
-    )
-    return calibration, split
+    return calibrate(llama.model, llama.backbone, QUESTIONS, llama.study, split, text, 0.5, seed=0)
 
 
-def test_the_gate_is_better_than_any_constant_on_what_it_was_fitted_to(
+def test_other_text_is_hardly_harmed(
     llama: Setup, calibrated: tuple[Calibration, QuestionSplit]
 ) -> None:
-    calibration, _ = calibrated
+    other = score_other_text(llama.backbone, llama.model.memory, seed=0)
+    mixed = other.mixed(calibrated[0].gate, 1.0, asked=False)
+    assert (other.p_base.log() - mixed.log()).mean().exp() <= MAX_HARM + 1e-6
+
+
+def other_rows(*, p_memory: float) -> HeldOutRows:
+    """Rows of which the base model gives every token .5, with features of all sizes."""
+    features = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    return HeldOutRows(features, torch.full((64,), p_memory), torch.full((64,), 0.5))
+
+
+def test_a_gate_is_closed_as_far_as_other_text_needs_it() -> None:
+    rows = other_rows(p_memory=0.0)
+    weights = (0.3, -0.2, 0.1, 0.0, 0.5, 1.0)
+    found = unharming(weights, rows)
+    assert found[:-1] == weights[:-1]
+    opening = Gate(weights, found).opening(rows.features, asked=False)
+    # A memory without mass takes log(1 - opening) from every token.
+    assert (1 - opening).log().mean().exp().item() == pytest.approx(1 / MAX_HARM, rel=1e-5)
+
+
+@pytest.mark.parametrize("p_memory", [0.5, 0.9])
+def test_a_gate_that_does_no_harm_stays_as_it_was_fitted(p_memory: float) -> None:
+    weights = (0.3, -0.2, 0.1, 0.0, 0.5, 1.0)
+    assert unharming(weights, other_rows(p_memory=p_memory)) == weights
+
+
+def test_without_the_limit_the_gate_is_better_than_any_constant_on_what_it_was_fitted_to(
+    llama: Setup,
+    calibrated: tuple[Calibration, QuestionSplit],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_HARM", 1e9)
+    calibration = recalibrated(llama, calibrated[1])
     rows = np.arange(sum(window.num_rows for window in llama.windows))
     memory = llama.model.memory
     text = score_text(llama.backbone, memory, llama.windows, rows)
