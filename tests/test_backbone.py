@@ -177,6 +177,12 @@ def test_layer(layer: int | None, num_layers: int, expected: int) -> None:
     assert resolve_layer(layer, num_layers) == expected
 
 
+@pytest.mark.parametrize(("depth", "expected"), [(0.55, 16), (0.7, 21), (0.0, 0), (1.0, 29)])
+def test_a_depth_stands_for_a_layer(depth: float, expected: int) -> None:
+    assert resolve_layer(None, 30, depth) == expected
+    assert resolve_layer(5, 30, depth) == 5
+
+
 def test_default_layer_is_at_seventy_percent(tiny_backbone: Backbone) -> None:
     assert tiny_backbone.layer == 3
 

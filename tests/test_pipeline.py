@@ -727,6 +727,7 @@ def test_report_manifest_and_work_of_a_self_study(
     assert distillation["best_epoch"] == report.epochs == 4
     training_ = manifest.training
     assert (training_["recipe"], training_["encoder"]) == ("self-study", "pooled")
+    assert training_["layer"] == report.layer == 2, "earlier than the paper's 3 of 0 to 3"
     assert training_["study"] == asdict(study_config.study)
     questions = load_questions(work / "questions" / "questions.jsonl")
     given = [json.loads(line) for line in own_questions.read_text().splitlines()]
