@@ -8,6 +8,7 @@ the same `MemoryModel` at lambda 0, which writes as many tokens as it may.
 from __future__ import annotations
 
 import asyncio
+import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -100,9 +101,9 @@ def run(setup: Setup) -> list[Figure]:
             Figure(
                 f"a token of an answer, batch {batch}",
                 "ms",
-                1e3 * sorted(took[None])[setup.rounds // 2],
+                1e3 * statistics.median(took[None]),
                 "bare base model",
-                1e3 * sorted(took[0.0])[setup.rounds // 2],
+                1e3 * statistics.median(took[0.0]),
                 median_ratio(took[None], took[0.0]),
                 goal,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.backbone import DEFAULT_DEPTH, Backbone
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.embedded import MINILM, SMOLLM2
 from mlpmem_rag.errors import ConfigError
@@ -18,7 +18,7 @@ from mlpmem_rag.split import check_held_out
 from mlpmem_rag.targets import check_tau
 
 RECIPES = ("self-study", "paper")
-DEPTHS = {"self-study": 0.55, "paper": 0.7}
+DEPTHS = {"self-study": 0.55, "paper": DEFAULT_DEPTH}
 """Where a memory reads, as a share of the base's layers: for answers a bit earlier than the paper
 for text (docs/experiments.md), which is also sooner there."""
 

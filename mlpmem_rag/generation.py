@@ -262,7 +262,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     cache = parts.openings.cache(opening, len(prompts))
     whole_ids = torch.cat([before, token_ids], dim=1).to(model.device)
     whole_mask = torch.cat([torch.ones_like(before), mask], dim=1).to(model.device)
-    weight = _constant_weight(parts, decoding, query)
+    weight = _constant_weight(model, decoding, lambda_, query)
     if weight is not None and weight > 0.5 and parts.halves.usable:
         reading = Reading(parts.halves, cache, whole_mask)
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
@@ -281,14 +281,14 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     )
 
 
-def _constant_weight(parts: Parts, decoding: Decoding, query: Tensor | None) -> float | None:
+def _constant_weight(
+    model: MLPMemForCausalLM, decoding: Decoding, lambda_: float, query: Tensor | None
+) -> float | None:
     """The memory's weight where it is the same for every token that is taken; else None."""
-    model = parts.model
     if not decoding.greedy or model._compiled_call_impl is not None:
         return None
     if model.query_size and not _is_request(query, model.query_size):
         return None  # `generate` looks for the question in the ids, or refuses the vectors
-    lambda_ = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
     return model.constant_weight(lambda_, asked=query is not None)
 
 
