@@ -43,7 +43,7 @@ def bench(
     max_new_tokens: options.MaxNewTokensOption = 24,
     follow_links: options.FollowLinksOption = False,
     seed: options.SeedOption = 0,
-    base_model: options.BaseModelOption = None,
+    base_model: options.BasePlaceOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
     as_json: options.JsonOption = False,

@@ -51,8 +51,8 @@ def compare(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Confidence below which memory-first asks RAG. [default: the best on "
-            "questions that training held out]",
+            help="Confidence below which memory-first asks RAG.",
+            show_default="the best on questions that training held out",
         ),
     ] = None,
     judge: Annotated[
@@ -64,7 +64,7 @@ def compare(
     ] = None,
     follow_links: options.FollowLinksOption = False,
     seed: options.SeedOption = 0,
-    base_model: options.BaseModelOption = None,
+    base_model: options.BasePlaceOption = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
     strict: Annotated[

@@ -15,7 +15,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder to write the memory to.")],
     base_model: Annotated[str, typer.Option(help="The base model it was trained beside.")],
     layer: Annotated[
-        int | None, typer.Option(help="Layer it reads. [default: as it says, else the last]")
+        int | None, typer.Option(help="Layer it reads.", show_default="as it says, else the last")
     ] = None,
     lambda_: Annotated[
         float, typer.Option("--lambda", min=0.0, max=1.0, help="Share of the memory.")

@@ -55,47 +55,55 @@ MemoryArgument = Annotated[
 ]
 BaseModelOption = Annotated[
     str | None,
-    typer.Option(help="Hub id, local folder or embedded name. [default: smollm2-135m-instruct]"),
+    typer.Option(
+        help="Hub id, local folder or embedded name.", show_default="smollm2-135m-instruct"
+    ),
 ]
 BasePlaceOption = Annotated[
     str | None,
     typer.Option(
         "--base-model",
-        help="Where the memory's base model is now. [default: as the memory names it]",
+        help="Where the memory's base model is now.",
+        show_default="as the memory names it",
     ),
 ]
-SizeOption = Annotated[Size | None, typer.Option(help="Size of the memory. [default: base]")]
+SizeOption = Annotated[Size | None, typer.Option(help="Size of the memory.", show_default="base")]
 LayerOption = Annotated[
     int | None,
-    typer.Option(help="Decoder layer to read. [default: at 55 % of the depth; paper: at 70 %]"),
+    typer.Option(
+        help="Decoder layer to read.", show_default="at 55 % of the depth; paper: at 70 %"
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the base model.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")]
-RecipeOption = Annotated[Recipe | None, typer.Option(help="How to teach. [default: self-study]")]
+SeedOption = Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")]
+RecipeOption = Annotated[
+    Recipe | None, typer.Option(help="How to teach.", show_default="self-study")
+]
 QuestionsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--questions",
-        help="Who writes the questions: rules, base-model, or a jsonl file; may be repeated. "
-        "[default: rules]",
+        help="Who writes the questions: rules, base-model, or a jsonl file; may be repeated.",
+        show_default="rules",
     ),
 ]
 EncoderOption = Annotated[
     str | None,
     typer.Option(
-        help="Makes query vectors: a sentence-transformers model, pooled, or none. "
-        "[default: all-minilm-l6-v2]"
+        help="Makes query vectors: a sentence-transformers model, pooled, or none.",
+        show_default="all-minilm-l6-v2",
     ),
 ]
 NeighborsOption = Annotated[
-    int | None, typer.Option(help="Neighbours that vote, up to 1024. [default: 1024]")
+    int | None, typer.Option(help="Neighbours that vote, up to 1024.", show_default="1024")
 ]
 MaxMemoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Main memory that training may take, such as 4GiB or 800MB. [default: all there is]",
+        help="Main memory that training may take, such as 4GiB or 800MB.",
+        show_default="all there is",
     ),
 ]
 StrictOption = Annotated[
@@ -108,7 +116,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout."
 LambdaOption = Annotated[
     float | None,
     typer.Option(
-        "--lambda", min=0.0, max=1.0, help="Share of the memory. [default: chosen in training]"
+        "--lambda",
+        min=0.0,
+        max=1.0,
+        help="Most that the memory weighs; a gate may lower it.",
+        show_default="set in training",
     ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

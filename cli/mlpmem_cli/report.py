@@ -15,7 +15,7 @@ def report(
         Path, typer.Argument(metavar="REPORT", help="A report.json, or the folder it is in.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to. [default: where the report is]")
+        Path | None, typer.Option(help="Folder to write to.", show_default="where the report is")
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:

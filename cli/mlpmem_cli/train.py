@@ -24,7 +24,9 @@ def train(
     neighbors: options.NeighborsOption = None,
     tau: Annotated[
         float | None,
-        typer.Option(help="Temperature of the neighbours' votes. [default: from the distances]"),
+        typer.Option(
+            help="Temperature of the neighbours' votes.", show_default="from the distances"
+        ),
     ] = None,
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,

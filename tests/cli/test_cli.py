@@ -671,6 +671,23 @@ def test_every_command_has_help(run: Run, command: list[str]) -> None:
     assert result.err == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("train", ["smollm2-135m-instruct", "self-study", "at 55 %", "rules", "all-minilm-l6-v2"]),
+        ("ask", ["as the memory names it", "set in training"]),
+        ("compare", ["as the memory names it", "the best on questions"]),
+    ],
+)
+def test_help_tells_the_defaults(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, defaults: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    words = re.sub(r"[\s│]+", " ", run(command, "--help").out)
+    for default in defaults:
+        assert re.search(rf"default: \({default}", words), default
+
+
 def test_version(run: Run) -> None:
     assert run("--version") == (0, f"mlpmem-rag {__version__}\n", "")
 
