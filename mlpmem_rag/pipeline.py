@@ -37,7 +37,7 @@ from mlpmem_rag.preparation import Prepared, prepare, run_key
 from mlpmem_rag.processes import Team, join_team
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
-from mlpmem_rag.query import NONE
+from mlpmem_rag.query import NONE, load_encoder
 from mlpmem_rag.report import TrainReport, model_card
 from mlpmem_rag.split import Split, split_rows
 from mlpmem_rag.stages import forget_stage
@@ -112,6 +112,8 @@ def train(
         if fresh and team.first:
             for stage in STAGES:
                 forget_stage(work / stage)
+        if config.recipe != "paper":
+            load_encoder(config.encoder, prepared.backbone)  # refused now if it cannot be
         plan = _plan(prepared, config, out, max_memory)
         if on_plan is not None:
             on_plan(plan)

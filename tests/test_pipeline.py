@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from mlpmem_rag import calibrate, heldout, neighbors, pipeline, schedule, targets, training
 from mlpmem_rag.artifact import (
+    CARD,
     MANIFEST,
     WEIGHTS,
     WORK,
@@ -667,6 +668,17 @@ def test_every_stage_of_a_self_study_reports_from_nothing_to_all(studied: Run) -
         assert done[-1][0] == done[-1][1]
 
 
+def test_an_encoder_that_cannot_be_loaded_is_refused_before_any_work(
+    tmp_path: Path, source: Path, study_config: TrainConfig
+) -> None:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text("{}")
+    out = tmp_path / "memory"
+    with pytest.raises(ConfigError, match=r"encoder .* cannot be loaded"):
+        train(source, out=out, config=study_config, encoder=str(tmp_path / "encoder"))
+    assert not list((out / WORK).glob("*/"))
+
+
 def test_a_self_study_can_be_loaded_and_asked(learned: Run) -> None:
     settings = load_settings(learned.out)
     config = json.loads((learned.out / "config.json").read_text())
@@ -674,6 +686,8 @@ def test_a_self_study_can_be_loaded_and_asked(learned: Run) -> None:
     assert settings.gate is not None
     assert settings.confidence is not None
     assert settings.memory_lambda == learned.report.memory_lambda == training.MEMORY_LAMBDA
+    card = " ".join((learned.out / CARD).read_text().split())
+    assert "λ = 1.000 at most (a gate lowers it, to 0.9 for questions)" in card
     memory = MemoryModel.load(learned.out, device="cpu", dtype="float32")
     answer = memory.answer("Who found wild honey?", max_new_tokens=8)
     assert answer.confidence is not None

@@ -30,6 +30,7 @@ from llama_index.indices.managed.mlpmem import MLPMemIndex
 from llama_index.indices.managed.mlpmem.attribution import LABEL, SIMILAR, TAUGHT, TRACED
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError
+from mlpmem_rag.export import export_memory
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import ProgressEvent
 
@@ -163,6 +164,15 @@ def test_an_index_can_be_moved_and_copied(index: MLPMemIndex, taught: Path, tmp_
         sources = {node.node.ref_doc_id for node in response.source_nodes}
         assert sources == {"doc-10"} if label == TRACED else sources
         assert other.ref_doc_info == index.ref_doc_info
+
+
+def test_a_memory_with_its_base_inside_is_copied_whole(taught: Path, tmp_path: Path) -> None:
+    export_memory(taught, tmp_path / "merged", merge_base=True)
+    index = MLPMemIndex.from_memory(tmp_path / "merged", device="cpu", max_new_tokens=16)
+    copied = index.persist(tmp_path / "copied")
+    shutil.rmtree(tmp_path / "merged")
+    other = MLPMemIndex.load(copied, device="cpu", max_new_tokens=16)
+    assert str(other.as_query_engine().query(QUESTION)) == RIGHT
 
 
 def test_the_generic_loader_gives_a_memory_index(index: MLPMemIndex, tmp_path: Path) -> None:

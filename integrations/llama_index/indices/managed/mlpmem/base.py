@@ -29,12 +29,13 @@ from llama_index.indices.managed.mlpmem.documents import (
 from llama_index.indices.managed.mlpmem.refused import (
     check_own,
 )
-from llama_index.indices.managed.mlpmem.storage import STORES, copy_memory, stored_index
+from llama_index.indices.managed.mlpmem.storage import STORES, stored_index
 from llama_index.indices.managed.mlpmem.struct import MLPMemIndexStruct, MLPMemStructType
 from llama_index.indices.managed.mlpmem.training import config_of, memory_folder, train_memory
 from llama_index.llms.mlpmem import MLPMemLLM
 from llama_index.llms.mlpmem.loading import reload
 from mlpmem_rag.artifact import load_manifest
+from mlpmem_rag.checkpoint import copy_memory, open_folder
 from mlpmem_rag.config import resolve_config
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.progress import OnProgress
@@ -187,7 +188,7 @@ class MLPMemIndex(AskedIndex):
         own = Path(self.memory_folder)
         target = Path(folder) if folder is not None else own
         if target.resolve() != own.resolve():
-            copy_memory(own, target)
+            copy_memory(open_folder(own), target)
         self._storage_context.persist(str(target / STORES))
         return target
 

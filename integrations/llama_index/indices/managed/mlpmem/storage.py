@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from functools import partial
 from pathlib import Path
 
 from llama_index.core.storage.storage_context import StorageContext
 
 from llama_index.indices.managed.mlpmem.struct import MLPMemIndexStruct
-from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS
 from mlpmem_rag.errors import ArtifactError
-from mlpmem_rag.storage import replace_file
 
 STORES = "index"
 
@@ -34,10 +30,3 @@ def stored_index(folder: Path) -> tuple[MLPMemIndexStruct, StorageContext]:
     if len(found) != 1:
         raise ArtifactError(f"{stores} holds {len(found)} memory indexes; one was expected")
     return found[0], context
-
-
-def copy_memory(source: Path, target: Path) -> None:
-    """Copy what answering needs; the manifest comes last, when all else is there."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, WEIGHTS, CARD, MANIFEST):
-        replace_file(target / name, partial(shutil.copyfile, source / name))
