@@ -12,9 +12,12 @@ from llama_index.core import SimpleDirectoryReader
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 
+TEXTS = [".html", ".md", ".rst", ".txt"]
+"""LlamaIndex reads PDF and Word files only where `llama-index-readers-file` is installed."""
+
 
 def main(documents: Path, memory: Path, question: str) -> None:
-    read = SimpleDirectoryReader(str(documents), recursive=True).load_data()
+    read = SimpleDirectoryReader(str(documents), recursive=True, required_exts=TEXTS).load_data()
     # Trains the first time, and finds the memory in its folder from then on.
     index = MLPMemIndex.from_documents(read, out=memory, show_progress=True)
 

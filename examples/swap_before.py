@@ -18,6 +18,10 @@ from llama_index.llms.huggingface import HuggingFaceLLM
 from mlpmem_rag.embedded import MINILM, SMOLLM2, embedded_model_path
 
 
+TEXTS = [".html", ".md", ".rst", ".txt"]
+"""LlamaIndex reads PDF and Word files only where `llama-index-readers-file` is installed."""
+
+
 def main(documents: Path, question: str, llm: str = "", embedding: str = "") -> None:
     llm = llm or str(embedded_model_path(SMOLLM2))
     Settings.llm = HuggingFaceLLM(
@@ -25,7 +29,7 @@ def main(documents: Path, question: str, llm: str = "", embedding: str = "") -> 
     )
     Settings.embed_model = HuggingFaceEmbedding(embedding or str(embedded_model_path(MINILM)))
 
-    read = SimpleDirectoryReader(str(documents), recursive=True).load_data()
+    read = SimpleDirectoryReader(str(documents), recursive=True, required_exts=TEXTS).load_data()
     index = VectorStoreIndex.from_documents(read, show_progress=True)
 
     response = index.as_query_engine(similarity_top_k=3).query(question)

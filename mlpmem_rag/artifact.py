@@ -51,7 +51,7 @@ class MemorySettings:
         base: the base model the memory belongs to.
         layer: decoder layer whose MLP input the memory reads.
         memory: shape of the memory.
-        memory_lambda: mixing weight, 0 (base alone) to 1 (memory alone).
+        memory_lambda: mixing weight, 0 (base alone) to 1 (memory as far as its gate lets it).
         memory_temperature: divides the memory's logits.
         encoder: makes the query vectors, by the name that `load_encoder` takes.
         gate: adapts lambda to each token; None: the same everywhere.
@@ -76,7 +76,7 @@ class Manifest:
         format_version: of this folder's layout.
         created: ISO 8601 time, UTC.
         run: fingerprint of corpus, base and configuration.
-        corpus: fingerprint, documents, tokens, rows, sources skipped.
+        corpus: fingerprint, number of documents.
         training: the resolved configuration of every stage.
         figures: held-out perplexities, seconds a stage, sizes.
         versions: of the libraries used.

@@ -28,7 +28,7 @@ class MLPMemConfig(PreTrainedConfig):
             has it in its `config.json`.
         layer: decoder layer whose MLP input the memory reads.
         memory: shape of the memory, the fields of `MemoryConfig`.
-        memory_lambda: mixing weight, 0 (base alone) to 1 (memory alone).
+        memory_lambda: mixing weight, 0 (base alone) to 1 (memory as far as its gate lets it).
         memory_temperature: divides the memory's logits.
         encoder: makes the query vectors, by the name that `load_encoder` takes.
         gate: adapts lambda to each token, the fields of `Gate`.

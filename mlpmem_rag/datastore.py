@@ -2,7 +2,7 @@
 
 On disk: float16 keys in shards of `SHARD_ROWS` rows, next tokens and provenance beside them, all
 plain `.npy`, memory-mapped. Rows have their place before any is computed, so batches may be
-written in any order and an interrupted build goes on after its last finished batch.
+written in any order and an interrupted build goes on after the last 32 that it noted.
 """
 
 from __future__ import annotations

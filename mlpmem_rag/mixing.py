@@ -24,7 +24,8 @@ def check_lambda(lambda_: float) -> float:
     """
     if not 0.0 <= lambda_ <= 1.0:
         raise ConfigError(
-            f"lambda = {lambda_}: allowed are 0 (base model alone) to 1 (memory alone)"
+            f"lambda = {lambda_}: allowed are 0 (base model alone) to 1 (memory, "
+            "as far as its gate lets it)"
         )
     return float(lambda_)
 

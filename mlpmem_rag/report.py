@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpmem_rag.calibrate import StudyFigures
+from mlpmem_rag.calibrate import ASKED_OPENING, StudyFigures
 from mlpmem_rag.heldout import Perplexities
 
 
@@ -30,14 +30,15 @@ class TrainReport:
         tau: temperature of the neighbours' votes.
         kept_mass: share of the votes kept in the sparse targets.
         epochs: epochs whose weights were best.
-        memory_lambda: mixing weight chosen on the validation documents.
-        memory_temperature: chosen there too.
+        memory_lambda: mixing weight; the paper's recipe chooses it on the validation documents,
+            self-study lowers it token by token (`mlpmem_rag.gate`).
+        memory_temperature: chosen on the validation documents; 1 in a self-study.
         held_out_by: "document", "passage", or None where the corpus was too small to hold out.
         perplexity: on the test documents; None where nothing was held out.
         study: what became of the questions; None where there were none or too few.
         seconds: of each stage.
-        datastore_bytes: keys, provenance, neighbours and targets on the disk.
-        memory_bytes: the artifact on the disk.
+        datastore_bytes: keys, provenance, neighbours, targets and study rows on the disk.
+        memory_bytes: the memory's tensors.
     """
 
     out: str
@@ -94,6 +95,8 @@ class TrainReport:
 def model_card(report: TrainReport, training: dict[str, Any]) -> str:
     """The artifact's README.md."""
     asked = "" if report.study is None else _answers(report.study)
+    gate = f" at most (a gate lowers it, to {ASKED_OPENING:g} for questions)"
+    gated = "" if report.study is None else gate
     return f"""---
 library_name: mlpmem-rag
 base_model: {report.base_model}
@@ -104,7 +107,7 @@ tags: [mlp-memory]
 
 A memory of {report.documents} documents ({report.tokens:,} tokens). It reads the hidden state at
 the MLP input of decoder layer {report.layer} and predicts the next token; its distribution is
-mixed with the base model's: p = λ·p_mem + (1-λ)·p_LM with λ = {report.memory_lambda:.3f} and
+mixed with the base model's: p = λ·p_mem + (1-λ)·p_LM with λ = {report.memory_lambda:.3f}{gated} and
 temperature {report.memory_temperature:g}.
 
 | | |
