@@ -193,8 +193,14 @@ def score_other_text(backbone: Backbone, memory: Memory, *, seed: int) -> HeldOu
         texts = model.generate(
             start,
             attention_mask=torch.ones_like(start),
-            do_sample=True,
+            do_sample=True,  # from its very distribution, whatever settings it comes with
             top_k=0,
+            top_p=1.0,
+            typical_p=1.0,
+            min_p=0.0,
+            temperature=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             max_new_tokens=length,
             min_new_tokens=length,
             pad_token_id=mark or 0,

@@ -25,12 +25,16 @@ def num_prototypes(vectors: Vectors) -> int:
 
 
 def find_prototypes(vectors: Vectors, count: int, *, seed: int) -> Vectors:
-    """Centres of spherical k-means. *Shape:* (G, Q), length 1 -> (M, Q), length 1."""
-    if not count:
-        return vectors[:0]
+    """Centres of spherical k-means; of fewer vectors than M, some more than once.
+
+    *Shape:* (G, Q), length 1 -> (M, Q), length 1; zeros, which nothing is near to, of no vectors.
+    """
+    found = min(count, len(vectors))
+    if not found:
+        return np.zeros((count, vectors.shape[1]), dtype=np.float32)
     kmeans = import_faiss().Kmeans(
         vectors.shape[1],
-        count,
+        found,
         niter=ROUNDS,
         seed=seed,
         spherical=True,
@@ -39,4 +43,4 @@ def find_prototypes(vectors: Vectors, count: int, *, seed: int) -> Vectors:
     )
     kmeans.train(np.ascontiguousarray(vectors, dtype=np.float32))
     centres: Vectors = kmeans.centroids
-    return centres
+    return np.resize(centres, (count, centres.shape[1]))

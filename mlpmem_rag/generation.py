@@ -18,6 +18,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.answering import Recorder, generation_config
+from mlpmem_rag.backbone import text_config
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.early_exit import Halves, Reading, generate_early
@@ -254,7 +255,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         writers.append(Writer(generation, listener, eos))
     prompts = [prompt for _, _, prompt in begun]
     # The base model alone reads all at once: in pieces its last bits would be others.
-    opening = _shared_opening(prompts) if mixes else []
+    opening = _shared_opening(prompts) if mixes and not _windowed(model, prompts) else []
     token_ids, mask = left_padded(
         [prompt.token_ids[len(opening) :] for prompt in prompts], config.pad_token_id
     )
@@ -295,6 +296,15 @@ def _constant_weight(
 def _is_request(query: Tensor | None, width: int) -> bool:
     """Whether every row says what is asked. *Shape:* (B, Q)."""
     return query is not None and query.shape[1] == width and bool(query.any(-1).all())
+
+
+def _windowed(model: MLPMemForCausalLM, prompts: Sequence[Prompt]) -> bool:
+    """Whether layers with a window would take padding behind an opening for text.
+
+    They count places, so that padding in the middle moves the opening of the shorter prompts away.
+    """
+    sliding = getattr(text_config(model.base), "sliding_window", None)
+    return bool(sliding) and len({len(prompt.token_ids) for prompt in prompts}) > 1
 
 
 def _shared_opening(prompts: Sequence[Prompt]) -> list[int]:

@@ -180,7 +180,7 @@ class MemoryModel:
         answer = stream.answer
         if passages:
             text = question if isinstance(question, str) else question[-1]["content"]
-            answer = self._with_passages(answer, text, passages, max_new_tokens)
+            answer = self._with_passages(answer, text, passages, max_new_tokens, lambda_)
         if answer.confidence is not None and answer.confidence < threshold:
             return replace(answer, text=NOT_KNOWN)
         return answer
@@ -303,14 +303,26 @@ class MemoryModel:
         return log_probs
 
     def _with_passages(
-        self, remembered: Answer, question: str, passages: Sequence[str], max_new_tokens: int
+        self,
+        remembered: Answer,
+        question: str,
+        passages: Sequence[str],
+        max_new_tokens: int,
+        lambda_: float | None,
     ) -> Answer:
         started = time.perf_counter()
         prompts = [reading_prompt(question, passages)]
         read = read_batch(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
         vector = None if self.encoder is None else self.encoder.encode([question])
         (text,) = agreed_answers(
-            self.model, self.tokenizer, [question], vector, prompts, [remembered.text], read
+            self.model,
+            self.tokenizer,
+            [question],
+            vector,
+            prompts,
+            [remembered.text],
+            read,
+            lambda_=lambda_,
         )
         seconds = time.perf_counter() - started
         return replace(

@@ -238,7 +238,7 @@ def _train(
         epochs=trained.distilled.best_epoch,
         memory_lambda=trained.tuned.lambda_,
         memory_temperature=trained.tuned.temperature,
-        held_out_by=split.held_out_by,
+        held_out_by=split.held_out_by if trained.tuned.perplexity else None,
         perplexity=trained.tuned.perplexity,
         study=calibration.figures if calibration else None,
         seconds=stages.seconds(),
@@ -287,18 +287,20 @@ def _study(
     # Learned without the held-out documents and a share of the questions, to find out how far
     # the memory is to be trusted.
     held_out = stages.split_questions(studied, datastore, split)
+    counts = len(questions), studied.rows.num_rows
+    if not held_out.calibrates:  # too few to fit anything to: everything is learned at once
+        all_rows, all_questions = np.arange(datastore.num_rows), np.arange(len(questions))
+        memory, distilled = stages.learn(datastore, targets, studied, all_rows, all_questions)
+        return _Trained(memory, distilled, Tuned(ASKED_OPENING), *counts)
     memory, distilled = stages.learn(datastore, targets, studied, split.train, held_out.train)
-    if not held_out.calibrates:
-        tuned, calibration = Tuned(ASKED_OPENING), None
-    else:
-        calibration, perplexity = stages.calibrate(
-            memory, datastore, neighbors, studied, split, held_out, tau
-        )
-        tuned = Tuned(MEMORY_LAMBDA, perplexity=perplexity)
+    calibration, perplexity = stages.calibrate(
+        memory, datastore, neighbors, studied, split, held_out, tau
+    )
 
-        # The memory that is kept learns the rest as well.
-        memory = stages.finish(memory, datastore, targets, studied)
-    return _Trained(memory, distilled, tuned, len(questions), studied.rows.num_rows, calibration)
+    # The memory that is kept learns the rest as well.
+    memory = stages.finish(memory, datastore, targets, studied)
+    tuned = Tuned(MEMORY_LAMBDA, perplexity=perplexity)
+    return _Trained(memory, distilled, tuned, *counts, calibration)
 
 
 def _save(

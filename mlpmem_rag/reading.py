@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mlpmem_rag.backbone import context_window
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.prompts import answer_ids, left_padded, prompt_ids
 from mlpmem_rag.query import Vectors
@@ -70,9 +71,13 @@ def read_batch(
     *,
     max_new_tokens: int = 24,
 ) -> list[str]:
-    """First line of the base model's greedy continuation of each prompt, without a full stop."""
+    """First line of the base model's greedy continuation of each prompt, without a full stop.
+
+    A prompt that is longer than the context window loses its beginning.
+    """
     base: Any = model.base  # torch types submodules as tensors or modules
-    ids = [encoded(tokenizer, prompt) for prompt in prompts]
+    room = max(1, context_window(model.base) - max_new_tokens)
+    ids = [encoded(tokenizer, prompt)[-room:] for prompt in prompts]
     texts: dict[int, str] = {}
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     eos = base.generation_config.eos_token_id
@@ -103,8 +108,12 @@ def agreed_answers(
     prompts: Sequence[str],
     remembered: Sequence[str],
     read: Sequence[str],
+    *,
+    lambda_: float | None = None,
 ) -> list[str]:
     """Of two answers to each question, the one more probable to memory and reader together.
+
+    Prompts that are longer than the context window lose their beginning.
 
     Args:
         model: memory and base model.
@@ -114,22 +123,31 @@ def agreed_answers(
         prompts: what the base model reads, from `reading_prompt`.
         remembered: the memory's answers.
         read: the base model's.
+        lambda_: mixing weight of the memory; None: the one chosen in training.
     """
+    window = context_window(model.base)
     bare = [prompt_ids(tokenizer, [{"role": "user", "content": q}]) for q in questions]
     full = [encoded(tokenizer, prompt) for prompt in prompts]
-    together = [
-        answer_log_probs(model, bare, [answer_ids(tokenizer, a) for a in answers], query_vectors)
-        + answer_log_probs(
-            model,
-            full,
-            [encoded(tokenizer, f" {a}{STOP}", special=False) for a in answers],
-            None,
-            lambda_=0.0,
-        )
-        for answers in (remembered, read)
-    ]
+    together = []
+    for answers in (remembered, read):
+        said = [answer_ids(tokenizer, a) for a in answers]
+        asked = _before(bare, said, window)
+        memory = answer_log_probs(model, asked, said, query_vectors, lambda_=lambda_)
+        continued = [encoded(tokenizer, f" {a}{STOP}", special=False) for a in answers]
+        shown = _before(full, continued, window)
+        together.append(memory + answer_log_probs(model, shown, continued, None, lambda_=0.0))
     first = together[0] >= together[1]
     return [r if f else o for r, o, f in zip(remembered, read, first, strict=True)]
+
+
+def _before(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], window: int
+) -> list[list[int]]:
+    """As much of the ends of prompts as a window holds together with their answers."""
+    return [
+        list(prompt)[-max(1, window - len(answer)) :]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 @torch.inference_mode()

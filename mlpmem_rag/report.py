@@ -159,7 +159,7 @@ before the memory learned what was held out:
 def _measured(report: TrainReport) -> str:
     perplexity = report.perplexity
     if perplexity is None:
-        return "Nothing: the corpus is too small to hold a part of it out."
+        return "Nothing: the corpus is too small, or its questions too few, to hold a part out."
     kept = perplexity.kept_gain
     gain = "the teacher gained nothing" if kept is None else f"{kept:.0%} of the teacher's gain"
     return f"""Perplexity of {perplexity.tokens:,} tokens held out by {report.held_out_by}, measured

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mlpmem_rag import calibrate as module
 from mlpmem_rag.answering import answer_batch
@@ -333,6 +334,23 @@ def test_other_text_is_hardly_harmed(
     other = score_other_text(llama.backbone, llama.model.memory, seed=0)
     mixed = other.mixed(calibrated[0].gate, 1.0, asked=False)
     assert (other.p_base.log() - mixed.log()).mean().exp() <= MAX_HARM + 1e-6
+
+
+def test_other_text_is_the_base_models_own_whatever_its_settings(llama: Setup) -> None:
+    def drawn() -> torch.Tensor:
+        return score_other_text(llama.backbone, llama.model.memory, seed=0).p_base
+
+    plain, model = drawn(), llama.backbone.model
+    settings = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(
+            **{**settings.to_diff_dict(), "temperature": 0.1, "top_p": 0.5, "do_sample": True},
+            repetition_penalty=1.5,
+            min_p=0.3,
+        )
+        assert torch.equal(drawn(), plain)
+    finally:
+        model.generation_config = settings
 
 
 def other_rows(*, p_memory: float) -> HeldOutRows:

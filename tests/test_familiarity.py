@@ -53,6 +53,15 @@ def test_each_prototype_is_the_centre_of_the_questions_nearest_to_it() -> None:
     np.testing.assert_array_equal(found, find_prototypes(points, 12, seed=0))
 
 
+def test_fewer_vectors_than_prototypes_are_prototypes_themselves() -> None:
+    few = directions(5, 32, seed=6)
+    found = find_prototypes(few, 12, seed=0)
+    assert found.shape == (12, 32)
+    np.testing.assert_allclose((few @ found.T).max(1), 1, rtol=1e-5)
+    none = find_prototypes(few[:0], 12, seed=0)
+    assert memory_of(none).familiarity(torch.from_numpy(few)) == [0] * 5
+
+
 def test_what_was_learned_is_more_familiar_than_anything_else() -> None:
     learned = directions(400, 64, seed=2)
     memory = memory_of(find_prototypes(learned, num_prototypes(learned), seed=0))

@@ -679,6 +679,28 @@ def test_an_encoder_that_cannot_be_loaded_is_refused_before_any_work(
     assert not list((out / WORK).glob("*/"))
 
 
+def test_too_few_questions_to_fit_anything_to_leave_nothing_unlearned(
+    tmp_path: Path,
+    source: Path,
+    study_config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned: list[int] = []
+
+    def noting(*arguments: Any) -> Any:  # noqa: ANN401
+        rows = curriculum_rows(*arguments)
+        learned.append(len(rows))
+        return rows
+
+    curriculum_rows = training.curriculum_rows
+    monkeypatch.setattr(training, "curriculum_rows", noting)
+    monkeypatch.setattr(calibrate, "MIN_QUESTIONS", 10**6)
+    report = train(source, out=tmp_path / "memory", config=study_config)
+    assert learned == [report.rows + report.study_rows]
+    assert report.held_out_by is None
+    assert "Nothing: the corpus is too small" in (tmp_path / "memory" / CARD).read_text()
+
+
 def test_a_self_study_can_be_loaded_and_asked(learned: Run) -> None:
     settings = load_settings(learned.out)
     config = json.loads((learned.out / "config.json").read_text())

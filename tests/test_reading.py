@@ -113,3 +113,20 @@ def test_an_answer_with_passages_counts_both_prompts(
     assert both.prompt_tokens == alone.prompt_tokens + len(encoded(memory.tokenizer, prompt))
     (read,) = read_batch(memory.model, memory.tokenizer, [prompt], max_new_tokens=4)
     assert both.text in {alone.text, read}
+
+
+def test_passages_beyond_the_window_lose_their_beginning(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, lengths = MemoryModel(*pair), []
+    monkeypatch.setattr(memory.model.base.config, "max_position_embeddings", 128)
+
+    def note(_: object, __: object, kwargs: dict[str, torch.Tensor]) -> None:
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            lengths.append(int(positions.max()) + 1)
+
+    with memory.model.base.base_model.register_forward_pre_hook(note, with_kwargs=True):
+        answer = memory.answer("Who? " * 200, max_new_tokens=4, passages=["Ann hung it. " * 400])
+    assert answer.text
+    assert max(lengths) <= 128

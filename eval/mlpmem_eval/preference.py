@@ -40,9 +40,12 @@ def load_choices(path: Path) -> list[Choice]:
     """
     choices = []
     for row in question_rows(path):
-        answers, wrong = row.get("answers"), row.get(HALLUCINATED)
-        if isinstance(answers, list) and answers and isinstance(wrong, str) and wrong.strip():
-            choices.append(Choice(str(row["question"]).strip(), str(answers[0]), wrong))
+        question, wrong = row.get("question"), row.get(HALLUCINATED)
+        given = row.get("answers") or row.get("answer")
+        answer = given[0] if isinstance(given, list) else given
+        texts = [text.strip() for text in (question, answer, wrong) if isinstance(text, str)]
+        if len(texts) == 3 and all(texts):
+            choices.append(Choice(*texts))
     return choices
 
 

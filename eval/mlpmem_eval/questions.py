@@ -202,18 +202,30 @@ def _object(text: str) -> _Row:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, _Row]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            fields = {name: value for name, value in row.items() if name and value is not None}
-            lists = {
-                name: [part.strip() for part in fields[name].split(SEPARATOR) if part.strip()]
-                for name in ("answers", "answer", "doc_ids")
-                if name in fields
-            }
-            yield reader.line_num, {**fields, **lists}
-    except csv.Error:
-        yield reader.line_num, None
+    read = 0  # csv's own count leaves out damaged lines
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for line in io.StringIO(text, newline=""):
+            read += 1
+            yield line
+
+    reader = csv.DictReader(lines(), strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error:  # the next line is read all the same
+            yield read, None
+            continue
+        if row is None:
+            return
+        fields = {name: value for name, value in row.items() if name and value is not None}
+        lists = {
+            name: [part.strip() for part in fields[name].split(SEPARATOR) if part.strip()]
+            for name in ("answers", "answer", "doc_ids")
+            if name in fields
+        }
+        yield read, {**fields, **lists}
 
 
 def _dataset_rows(text: str) -> Iterator[tuple[int, _Row]]:

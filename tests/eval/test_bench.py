@@ -126,10 +126,18 @@ def test_choices_are_the_rows_with_a_made_up_answer(tmp_path: Path) -> None:
         {"question": " Who? ", "answers": ["Ada", "A."], "hallucinated_answer": "Bob"},
         {"question": "Why?", "answers": ["so"]},
         {"question": "When?", "answers": [], "hallucinated_answer": "now"},
+        {"answers": ["no question"], "hallucinated_answer": "now"},
+        {"question": " ", "answers": ["so"], "hallucinated_answer": "now"},
+        {"question": "Where?", "answer": "Kiel", "hallucinated_answer": "Rome"},
+        {"question": "Which?", "answers": "this", "hallucinated_answer": "that"},
     ]
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\nno json")
-    assert load_choices(path) == [Choice("Who?", "Ada", "Bob")]
+    assert load_choices(path) == [
+        Choice("Who?", "Ada", "Bob"),
+        Choice("Where?", "Kiel", "Rome"),
+        Choice("Which?", "this", "that"),
+    ]
 
 
 def test_the_gain_is_paired() -> None:

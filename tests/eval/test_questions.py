@@ -33,6 +33,13 @@ def test_jsonl_with_all_fields_and_with_the_fewest(tmp_path: Path) -> None:
     assert found.problems == ()
 
 
+def test_a_damaged_row_of_a_csv_does_not_end_it(tmp_path: Path) -> None:
+    rows = ["Q0?,a", 'B?,"y"z', *(f"Q{n}?,a" for n in range(1, 51))]
+    found = load_questions(write(tmp_path / "q.csv", "\n".join(["question,answers", *rows])))
+    assert [question.text for question in found.questions] == [f"Q{n}?" for n in range(51)]
+    assert [line for line, _ in found.problems] == [3]
+
+
 def test_a_csv_splits_its_lists_and_knows_its_lines(tmp_path: Path) -> None:
     text = (
         "id,question,answers,doc_ids,answerable\n"
