@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.scoring import exact_match, token_f1
@@ -46,44 +48,60 @@ def tune(
     stage: str = "tuning",
     on_progress: OnProgress = ignore_progress,
 ) -> Tuned[S]:
-    """Successive halving: after every round the worse half is left out.
+    """Successive halving of all but the first candidate, which the best of them has to beat.
+
+    After every round the worse half is left out. Written questions tell settings apart only
+    roughly: the first candidate, the one that is good elsewhere, is given up where another is
+    better by more than a standard error of the difference (Breiman et al., Classification and
+    Regression Trees, 1984, section 3.4.3).
 
     Args:
         ask: answers a question with a setting.
         questions: written ones.
-        candidates: settings to try, of which an earlier one wins a tie.
+        candidates: settings to try, the one to keep in doubt first.
         stage: name of the progress.
         on_progress: called after every answer.
     """
+    favourite, *rivals = candidates
     rounds = max(1, math.ceil(math.log2(len(candidates))))
     first = max(1, len(questions) // FIRST_SHARE)
     ends = [min(len(questions), first * 2**n) for n in range(rounds)]
-    alive = list(candidates)
-    total = _planned(len(alive), ends)
-    scores: dict[S, list[float]] = {setting: [] for setting in alive}
-    right: dict[S, list[float]] = {setting: [] for setting in alive}
+    total = _planned(len(rivals), ends)
+    scores: dict[S, list[float]] = {setting: [] for setting in candidates}
+    right: dict[S, list[float]] = {setting: [] for setting in candidates}
     done = 0
     for end in ends:
-        for setting in alive:
+        for setting in (favourite, *rivals):
             for question in questions[len(scores[setting]) : end]:
                 answer = ask(setting, question.text)
                 scores[setting].append(token_f1(answer, question.answers))
                 right[setting].append(float(exact_match(answer, question.answers)))
                 done += 1
                 on_progress(ProgressEvent(stage, done, total, "answers"))
-        alive = sorted(alive, key=lambda s: -_mean(scores[s]))[: -(-len(alive) // 2)]
+        rivals = sorted(rivals, key=lambda s: -_mean(scores[s]))[: -(-len(rivals) // 2)]
+    best = favourite
+    if rivals and _clearly_above(scores[rivals[0]], scores[favourite]):
+        best = rivals[0]
     tried = [Tried(s, _mean(f1), _mean(right[s]), len(f1)) for s, f1 in scores.items()]
     # A candidate of a later round was better in all rounds before, whatever its mean is now.
-    order = sorted(tried, key=lambda t: (t.setting != alive[0], -t.n, -t.f1))
-    return Tuned(alive[0], tuple(order))
+    order = sorted(tried, key=lambda t: (t.setting != best, -t.n, -t.f1))
+    return Tuned(best, tuple(order))
 
 
-def _planned(candidates: int, ends: Sequence[int]) -> int:
+def _planned(rivals: int, ends: Sequence[int]) -> int:
     total, before = 0, 0
     for end in ends:
-        total += candidates * (end - before)
-        candidates, before = -(-candidates // 2), end
+        total += (1 + rivals) * (end - before)
+        rivals, before = -(-rivals // 2), end
     return total
+
+
+def _clearly_above(scores: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the mean difference on the same questions is more than its standard error."""
+    differences = np.subtract(scores, others)
+    count = len(differences)
+    error = differences.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
+    return bool(differences.mean() > error)
 
 
 def _mean(values: Sequence[float]) -> float:
