@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,10 @@ import torch
 
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.generation import Answer
+from mlpmem_rag.generation import Answer, generate_together
 from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.turns import Listener
+from tests.conftest import save_model
 
 T = TypeVar("T")
 TEMPLATE = (
@@ -191,3 +194,24 @@ def test_a_prompt_that_cannot_be_made_fails_alone(memory: MemoryModel, passes: P
 def test_a_batch_of_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size = 0: allowed is 1 or more"):
         Decoding(batch_size=0)
+
+
+# Layers that see only what is near.
+
+
+@pytest.mark.parametrize("lambda_", [0.3, 0.8])
+def test_padding_takes_no_place_in_a_window(
+    tmp_path: Path, memory_of: Callable[[Path], Path], lambda_: float
+) -> None:
+    folder = save_model(tmp_path / "windowed", "mistral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 12}))
+    loaded = MemoryModel.load(memory_of(folder), device="cpu", dtype="float32")
+    loaded.tokenizer.chat_template = TEMPLATE
+    decoding = Decoding(max_new_tokens=30, lambda_=lambda_, batch_size=4)
+    expected = [alone(loaded, question, decoding).text for question in QUESTIONS]
+    streams = [loaded.reply(asked(question), decoding) for question in QUESTIONS]
+    found: list[list[Any]] = [[] for _ in QUESTIONS]
+    listeners = [Listener(pieces.append) for pieces in found]
+    generate_together([stream._generation for stream in streams], listeners)
+    assert ["".join(p for p in pieces if isinstance(p, str)) for pieces in found] == expected
