@@ -7,8 +7,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.scoring import exact_match, token_f1
@@ -50,10 +48,9 @@ def tune(
 ) -> Tuned[S]:
     """Successive halving of all but the first candidate, which the best of them has to beat.
 
-    After every round the worse half is left out. Written questions tell settings apart only
-    roughly: the first candidate, the one that is good elsewhere, is given up where another is
-    better by more than a standard error of the difference (Breiman et al., Classification and
-    Regression Trees, 1984, section 3.4.3).
+    After every round the worse half is left out, by the sum of F1 and exact match. Few questions
+    tell settings apart only roughly, so the first candidate, one that is good elsewhere, is asked
+    all of them.
 
     Args:
         ask: answers a question with a setting.
@@ -70,6 +67,10 @@ def tune(
     scores: dict[S, list[float]] = {setting: [] for setting in candidates}
     right: dict[S, list[float]] = {setting: [] for setting in candidates}
     done = 0
+
+    def score(setting: S) -> float:
+        return _mean(scores[setting]) + _mean(right[setting])
+
     for end in ends:
         for setting in (favourite, *rivals):
             for question in questions[len(scores[setting]) : end]:
@@ -78,10 +79,8 @@ def tune(
                 right[setting].append(float(exact_match(answer, question.answers)))
                 done += 1
                 on_progress(ProgressEvent(stage, done, total, "answers"))
-        rivals = sorted(rivals, key=lambda s: -_mean(scores[s]))[: -(-len(rivals) // 2)]
-    best = favourite
-    if rivals and _clearly_above(scores[rivals[0]], scores[favourite]):
-        best = rivals[0]
+        rivals = sorted(rivals, key=lambda s: -score(s))[: -(-len(rivals) // 2)]
+    best = max((favourite, *rivals), key=score)
     tried = [Tried(s, _mean(f1), _mean(right[s]), len(f1)) for s, f1 in scores.items()]
     # A candidate of a later round was better in all rounds before, whatever its mean is now.
     order = sorted(tried, key=lambda t: (t.setting != best, -t.n, -t.f1))
@@ -94,14 +93,6 @@ def _planned(rivals: int, ends: Sequence[int]) -> int:
         total += (1 + rivals) * (end - before)
         rivals, before = -(-rivals // 2), end
     return total
-
-
-def _clearly_above(scores: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the mean difference on the same questions is more than its standard error."""
-    differences = np.subtract(scores, others)
-    count = len(differences)
-    error = differences.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
-    return bool(differences.mean() > error)
 
 
 def _mean(values: Sequence[float]) -> float:

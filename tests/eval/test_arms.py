@@ -106,15 +106,15 @@ def test_halving_finds_the_best_and_asks_the_bad_ones_less() -> None:
     assert asked.count(7) == 2
 
 
-@pytest.mark.parametrize(("better", "best"), [(3, 0), (5, 5)])
-def test_the_first_candidate_stays_unless_another_is_clearly_better(better: int, best: int) -> None:
+@pytest.mark.parametrize(("better", "best"), [(0, 0), (3, 5)])
+def test_the_first_candidate_stays_unless_another_is_better(better: int, best: int) -> None:
     def ask(setting: int, question: str) -> str:
         number = int(question.rstrip("?"))
         right = {0: number % 3 == 0, 5: number % 3 == 1 or number < better}
         return "a map" if right.get(setting, False) else "nothing"
 
     questions = [EvalQuestion(str(n), f"{n}?", ("a map",)) for n in range(12)]
-    # By .17 with a standard error of .24, and by .25 with one of .22.
+    # Four right each, or four and six, though the first is right where the search begins.
     assert tune(ask, questions, range(8)).best == best
 
 
