@@ -43,6 +43,7 @@ def load_choices(path: Path) -> list[Choice]:
         question, wrong = row.get("question"), row.get(HALLUCINATED)
         given = row.get("answers") or row.get("answer")
         answer = given[0] if isinstance(given, list) else given
+        answer = str(answer) if isinstance(answer, int | float) else answer
         texts = [text.strip() for text in (question, answer, wrong) if isinstance(text, str)]
         if len(texts) == 3 and all(texts):
             choices.append(Choice(*texts))

@@ -130,6 +130,7 @@ def test_choices_are_the_rows_with_a_made_up_answer(tmp_path: Path) -> None:
         {"question": " ", "answers": ["so"], "hallucinated_answer": "now"},
         {"question": "Where?", "answer": "Kiel", "hallucinated_answer": "Rome"},
         {"question": "Which?", "answers": "this", "hallucinated_answer": "that"},
+        {"question": "How many?", "answers": [42], "hallucinated_answer": "43"},
     ]
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\nno json")
@@ -137,6 +138,7 @@ def test_choices_are_the_rows_with_a_made_up_answer(tmp_path: Path) -> None:
         Choice("Who?", "Ada", "Bob"),
         Choice("Where?", "Kiel", "Rome"),
         Choice("Which?", "this", "that"),
+        Choice("How many?", "42", "43"),
     ]
 
 
