@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
-from mlpmem_rag.prompts import STOP_STRING, chats, left_padded, prompt_ids
+from mlpmem_rag.prompts import STOP_STRING, chats, fitting, left_padded, prompt_ids
 from mlpmem_rag.query import Vectors
 
 BATCH = 64
@@ -84,8 +84,9 @@ def answer_batch(
     lambda_: float | None = None,
 ) -> list[tuple[str, Trace]]:
     """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, Q)."""
-    room = context_window(model.base) - max_new_tokens
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": q}])[-room:] for q in questions]
+    window = context_window(model.base)
+    asked = [prompt_ids(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    prompts = [fitting(ids, window, max_new_tokens) for ids in asked]
     config = generation_config(model, tokenizer, max_new_tokens)
     generator: Any = model  # generate() is annotated for other classes
     answers: dict[int, tuple[str, Trace]] = {}

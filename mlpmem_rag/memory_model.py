@@ -36,7 +36,7 @@ from mlpmem_rag.prompts import (
 )
 from mlpmem_rag.provenance import Origin, Provenance
 from mlpmem_rag.query import QueryEncoder
-from mlpmem_rag.reading import agreed_answers, encoded, read_batch, reading_prompt
+from mlpmem_rag.reading import agreed_answer, encoded, read_batch, reading_prompt
 from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
@@ -310,28 +310,43 @@ class MemoryModel:
         max_new_tokens: int,
         lambda_: float | None,
     ) -> Answer:
+        """In a turn of its own, like everything that runs on the model."""
         started = time.perf_counter()
-        prompts = [reading_prompt(question, passages)]
-        read = read_batch(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
-        vector = None if self.encoder is None else self.encoder.encode([question])
-        (text,) = agreed_answers(
-            self.model,
-            self.tokenizer,
-            [question],
-            vector,
-            prompts,
-            [remembered.text],
-            read,
-            lambda_=lambda_,
-        )
-        seconds = time.perf_counter() - started
-        return replace(
-            remembered,
-            text=text,
-            seconds=remembered.seconds + seconds,
-            ttft_seconds=remembered.seconds + seconds,  # nothing is certain before the end
-            prompt_tokens=remembered.prompt_tokens + len(encoded(self.tokenizer, prompts[0])),
-        )
+        prompt = reading_prompt(question, passages)
+        found: list[Answer] = []
+
+        def read_and_agree(give: Callable[[str], None], stop: threading.Event) -> None:
+            model, tokenizer = self.model, self.tokenizer
+            (read,) = read_batch(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)
+            vector = self._parts().query_vectors([question])
+            agreed = agreed_answer(
+                model,
+                tokenizer,
+                question,
+                vector,
+                prompt,
+                remembered.text,
+                read,
+                lambda_=lambda_,
+            )
+            confidence = remembered.confidence
+            if not agreed.is_remembered and confidence is not None and self.confidence is not None:
+                confidence = self.confidence.of(agreed.trace)  # what the memory thinks of it
+            seconds = remembered.seconds + time.perf_counter() - started
+            found.append(
+                replace(
+                    remembered,
+                    text=agreed.text,
+                    confidence=confidence,
+                    seconds=seconds,
+                    ttft_seconds=seconds,  # nothing is certain before the end
+                    prompt_tokens=remembered.prompt_tokens + len(encoded(tokenizer, prompt)),
+                )
+            )
+
+        for _ in self._turns.pieces(alone(read_and_agree)):
+            pass
+        return found[0]
 
     def query_vector(self, asked: str) -> Tensor | None:
         """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""

@@ -135,6 +135,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     return list(plain["input_ids"])
 
 
+def fitting(token_ids: Sequence[int], window: int, new_tokens: int) -> list[int]:
+    """As much of a prompt's end as a window holds with what comes after it, one token at least."""
+    return list(token_ids)[-max(1, window - new_tokens) :]
+
+
 def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and mask of sequences that are to be continued. *Shapes:* (B, T), (B, T)."""
     longest = max(map(len, sequences))

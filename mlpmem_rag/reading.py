@@ -7,17 +7,17 @@ questions. Each proposes an answer, and the one that both together find more pro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.backbone import context_window
+from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
-from mlpmem_rag.prompts import answer_ids, left_padded, prompt_ids
-from mlpmem_rag.query import Vectors
+from mlpmem_rag.prompts import answer_ids, fitting, left_padded, prompt_ids
 
 BATCH = 16
 STOP = "\n"
@@ -76,8 +76,8 @@ def read_batch(
     A prompt that is longer than the context window loses its beginning.
     """
     base: Any = model.base  # torch types submodules as tensors or modules
-    room = max(1, context_window(model.base) - max_new_tokens)
-    ids = [encoded(tokenizer, prompt)[-room:] for prompt in prompts]
+    window = context_window(model.base)
+    ids = [fitting(encoded(tokenizer, prompt), window, max_new_tokens) for prompt in prompts]
     texts: dict[int, str] = {}
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     eos = base.generation_config.eos_token_id
@@ -100,81 +100,91 @@ def read_batch(
     return [texts[number] for number in range(len(ids))]
 
 
-def agreed_answers(
+@dataclass(frozen=True)
+class Agreed:
+    """An answer, and what memory and base model think of it without the passages.
+
+    Attributes:
+        text: the answer.
+        trace: of its tokens, after the question alone.
+        is_remembered: whether it is the memory's own.
+    """
+
+    text: str
+    trace: Trace
+    is_remembered: bool
+
+
+def agreed_answer(
     model: MLPMemForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    query_vectors: Vectors | None,
-    prompts: Sequence[str],
-    remembered: Sequence[str],
-    read: Sequence[str],
+    question: str,
+    query_vector: Tensor | None,
+    prompt: str,
+    remembered: str,
+    read: str,
     *,
     lambda_: float | None = None,
-) -> list[str]:
-    """Of two answers to each question, the one more probable to memory and reader together.
+) -> Agreed:
+    """Of two answers to a question, the one more probable to memory and reader together.
 
     Prompts that are longer than the context window lose their beginning.
 
     Args:
         model: memory and base model.
         tokenizer: theirs.
-        questions: what was asked.
-        query_vectors: as the memory's encoder sees it. *Shape:* (N, Q).
-        prompts: what the base model reads, from `reading_prompt`.
-        remembered: the memory's answers.
+        question: what was asked.
+        query_vector: as the memory's encoder sees it. *Shape:* (1, Q).
+        prompt: what the base model reads, from `reading_prompt`.
+        remembered: the memory's answer.
         read: the base model's.
         lambda_: mixing weight of the memory; None: the one chosen in training.
     """
     window = context_window(model.base)
-    bare = [prompt_ids(tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    full = [encoded(tokenizer, prompt) for prompt in prompts]
-    together = []
-    for answers in (remembered, read):
-        said = [answer_ids(tokenizer, a) for a in answers]
-        asked = _before(bare, said, window)
-        memory = answer_log_probs(model, asked, said, query_vectors, lambda_=lambda_)
-        continued = [encoded(tokenizer, f" {a}{STOP}", special=False) for a in answers]
-        shown = _before(full, continued, window)
-        together.append(memory + answer_log_probs(model, shown, continued, None, lambda_=0.0))
-    first = together[0] >= together[1]
-    return [r if f else o for r, o, f in zip(remembered, read, first, strict=True)]
-
-
-def _before(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], window: int
-) -> list[list[int]]:
-    """As much of the ends of prompts as a window holds together with their answers."""
-    return [
-        list(prompt)[-max(1, window - len(answer)) :]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    bare = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    full = encoded(tokenizer, prompt)
+    found = []
+    for text in (remembered, read):
+        said = answer_ids(tokenizer, text)
+        asked = fitting(bare, window, len(said))
+        trace = answer_trace(model, asked, said, query_vector, lambda_=lambda_)
+        continued = encoded(tokenizer, f" {text}{STOP}", special=False)
+        shown = fitting(full, window, len(continued))
+        reader = answer_trace(model, shown, continued, None, lambda_=0.0)
+        joint = sum(trace.log_probs) + sum(reader.log_probs)
+        found.append((joint, Agreed(text, trace, is_remembered=text == remembered)))
+    (first, mine), (second, other) = found
+    return mine if first >= second else other
 
 
 @torch.inference_mode()
-def answer_log_probs(
+def answer_trace(
     model: MLPMemForCausalLM,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    query_vectors: Vectors | None,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    query_vector: Tensor | None,
     *,
     lambda_: float | None = None,
-) -> npt.NDArray[np.float64]:
-    """Log-probability of each answer after its prompt. *Shape:* (N,)."""
-    out = []
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = torch.tensor([[*prompt, *answer]], device=model.device)
-        query = None if query_vectors is None else torch.from_numpy(query_vectors[[number]])
-        kept = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ids.device)
-        logits = model(
+) -> Trace:
+    """How probable the mixture finds each token of an answer after a prompt."""
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    kept = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ids.device)
+    log_probs = (
+        model(
             input_ids=ids,
             use_cache=False,
             logits_to_keep=kept,
-            query_vector=query,
+            query_vector=query_vector,
             memory_lambda=lambda_,
-        ).logits[0]
-        chosen = logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
-        out.append(float(chosen.sum()))
-    return np.array(out)
+        )
+        .logits[0]
+        .float()
+        .log_softmax(-1)
+    )
+    chosen = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    entropies = torch.special.entr(log_probs.exp()).sum(-1)
+    near = 0.0 if query_vector is None else model.memory.familiarity(query_vector)[0]
+    return Trace(tuple(chosen.tolist()), tuple(entropies.tolist()), near)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

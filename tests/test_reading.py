@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.errors import ClosedError
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
-from mlpmem_rag.prompts import prompt_ids
+from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.reading import (
     EXAMPLES,
-    agreed_answers,
-    answer_log_probs,
+    agreed_answer,
+    answer_trace,
     encoded,
     read_batch,
     reading_prompt,
@@ -58,13 +60,15 @@ def test_log_probabilities_are_those_of_the_mixture(
     model, tokenizer = pair
     prompts = [encoded(tokenizer, text) for text in ("a lamp hung over", "the ledger")]
     answers = [encoded(tokenizer, text, special=False) for text in ("the quay", "of a clerk")]
-    found = answer_log_probs(model, prompts, answers, None)
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found = answer_trace(model, prompt, answer, None)
         with torch.inference_mode():
             log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
         places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        expected = sum(log_probs[p, t].item() for p, t in zip(places, answer, strict=True))
-        assert found[number] == pytest.approx(expected, rel=1e-4)
+        expected = [log_probs[p, t].item() for p, t in zip(places, answer, strict=True)]
+        assert found.log_probs == pytest.approx(expected, rel=1e-4)
+        entropies = [torch.special.entr(log_probs[p].exp()).sum().item() for p in places]
+        assert found.entropies == pytest.approx(entropies, rel=1e-4)
 
 
 def test_prompts_are_read_together_as_alone(
@@ -83,24 +87,60 @@ def test_the_jointly_more_probable_answer_is_given(
     model, tokenizer = pair
     question, remembered, read = "Who hung the lamp?", "the ledger of a clerk", "ann"
     prompt = reading_prompt(question, ["Ann hung it."])
-    bare = [prompt_ids(tokenizer, [{"role": "user", "content": question}])]
-    joint = [
-        answer_log_probs(model, bare, [encoded(tokenizer, f" {a}\n", special=False)], None)
-        + answer_log_probs(
-            model,
-            [encoded(tokenizer, prompt)],
-            [encoded(tokenizer, f" {a}\n", special=False)],
-            None,
-            lambda_=0.0,
-        )
-        for a in (remembered, read)
-    ]
+    bare = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    joint = []
+    for text in (remembered, read):
+        line = encoded(tokenizer, f" {text}\n", special=False)
+        own = answer_trace(model, bare, answer_ids(tokenizer, text), None)
+        reader = answer_trace(model, encoded(tokenizer, prompt), line, None, lambda_=0.0)
+        joint.append(sum(own.log_probs) + sum(reader.log_probs))
     expected = remembered if joint[0] >= joint[1] else read
-    found = agreed_answers(model, tokenizer, [question], None, [prompt], [remembered], [read])
-    assert found == [expected]
-    swapped = agreed_answers(model, tokenizer, [question], None, [prompt], [read], [remembered])
-    assert swapped == [expected]
-    assert not np.isclose(joint[0], joint[1])
+    found = agreed_answer(model, tokenizer, question, None, prompt, remembered, read)
+    assert found.text == expected
+    assert found.is_remembered == (expected == remembered)
+    swapped = agreed_answer(model, tokenizer, question, None, prompt, read, remembered)
+    assert (swapped.text, swapped.is_remembered) == (expected, expected == read)
+    assert joint[0] != pytest.approx(joint[1])
+
+
+def test_the_confidence_is_that_of_the_text_given(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confidence = Confidence((0.3, -0.2, 0.05, 0.1, 0.2, -0.1, 0.0, 0.4))
+    memory = MemoryModel(*pair, confidence=confidence)
+    question, passages = "Who hung it?", ["Ann hung it."]
+    alone = memory.answer(question, max_new_tokens=4)
+    given = set()
+    for read in ("ann", "the the the the the the the the ledger of quay"):
+        monkeypatch.setattr(
+            "mlpmem_rag.memory_model.read_batch", lambda *_, read=read, **__: [read]
+        )
+        both = memory.answer(question, max_new_tokens=4, passages=passages)
+        if both.text == alone.text:
+            assert both.confidence == alone.confidence
+        else:
+            bare = prompt_ids(memory.tokenizer, [{"role": "user", "content": question}])
+            trace = answer_trace(memory.model, bare, answer_ids(memory.tokenizer, read), None)
+            assert both.confidence == pytest.approx(confidence.of(trace))
+        given.add(both.text == alone.text)
+    assert given == {True, False}
+
+
+def test_reading_has_its_turn_and_ends_with_the_memory(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, threads = MemoryModel(*pair), []
+
+    def read(*_: object, **__: object) -> list[str]:
+        threads.append(threading.current_thread().name)
+        return ["ann"]
+
+    monkeypatch.setattr("mlpmem_rag.memory_model.read_batch", read)
+    memory.answer("Who hung it?", max_new_tokens=4, passages=["Ann hung it."])
+    assert [name.rsplit("_", 1)[0] for name in threads] == ["mlpmem-generate"]
+    memory.close()
+    with pytest.raises(ClosedError):
+        memory.answer("Who hung it?", max_new_tokens=4, passages=["Ann hung it."])
 
 
 def test_an_answer_with_passages_counts_both_prompts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,9 @@ def questions_of(
             exclude=known,
             on_progress=on_progress,
         )
+    taken = {question.id for question in given.questions}
+    while any(question.id in taken for question in written):
+        written = [replace(question, id=f"new-{question.id}") for question in written]
     return QuestionSet((*given.questions, *written), given.problems)
 
 

@@ -181,8 +181,8 @@ def train_lora(
         model: from `adapted`.
         examples: from `examples_of`.
         settings: how.
-        budget_seconds: the training ends here even if epochs are left; the rate falls with
-            whichever of both is nearer its end.
+        budget_seconds: the training ends here even if epochs are left, but not before the first
+            step; the rate falls with whichever of both is nearer its end.
         on_progress: called after every step.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -191,7 +191,8 @@ def train_lora(
     started, losses = time.perf_counter(), []
     model.train()
     for step, batch in enumerate(batches):
-        elapsed = (time.perf_counter() - started) / budget_seconds
+        spent = time.perf_counter() - started
+        elapsed = spent / budget_seconds if budget_seconds > 0 else 1.0
         if elapsed >= 1 and step:
             break
         warm = min(1.0, (step + 1) / (WARM_UP * len(batches) + 1))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from mlpmem_eval.questions import question_rows
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
-from mlpmem_rag.query import Vectors
-from mlpmem_rag.reading import answer_log_probs
+from mlpmem_rag.reading import answer_trace
 
 Floats = npt.NDArray[np.float64]
 HALLUCINATED = "hallucinated_answer"
@@ -76,7 +76,7 @@ def prefers_right(
     out = {name: np.zeros(len(choices)) for name in arms}
     for number, choice in enumerate(choices):
         for place, (name, (prompts, lambda_)) in enumerate(arms.items()):
-            vector = memory.encoder.encode([choice.question]) if memory.encoder else None
+            vector = memory.query_vector(choice.question)
             right, wrong = (
                 _mean_log_prob(memory, prompts[number], answer, vector, lambda_)
                 for answer in (choice.right, choice.hallucinated)
@@ -91,12 +91,12 @@ def _mean_log_prob(
     memory: MemoryModel,
     prompt: str,
     answer: str,
-    vector: Vectors | None,
+    vector: Tensor | None,
     lambda_: float | None,
 ) -> float:
     tokens = answer_ids(memory.tokenizer, answer)
     messages = [{"role": "user", "content": prompt}]
     room = memory.room_for_prompt(len(tokens))
     ids = prompt_ids(memory.tokenizer, messages)[-room:]
-    (total,) = answer_log_probs(memory.model, [ids], [tokens], vector, lambda_=lambda_)
-    return float(total) / len(tokens)
+    trace = answer_trace(memory.model, ids, tokens, vector, lambda_=lambda_)
+    return sum(trace.log_probs) / len(tokens)

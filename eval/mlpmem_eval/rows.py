@@ -84,7 +84,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             value = json.loads(line)
         except ValueError:

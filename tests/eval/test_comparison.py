@@ -80,6 +80,16 @@ def test_an_interrupted_comparison_asks_only_what_is_missing(tmp_path: Path) -> 
     assert len(read_rows(path)) == 6
 
 
+def test_a_separator_of_lines_in_an_answer_is_no_end_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    said = {question.text: "one\u2028two" for question in QUESTIONS}
+    run_comparison([FakeArm("a", said)], QUESTIONS, path, COLD)
+    again = FakeArm("a", said)
+    rows = run_comparison([again], QUESTIONS, path, COLD)
+    assert again.asked == []
+    assert [row.text for row in rows] == ["one\u2028two"] * 6
+
+
 def test_other_settings_or_words_are_asked_again_and_failures_too(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     first = FakeArm("a", {t: a for t, a in answers().items() if not t.endswith("5?")})

@@ -132,6 +132,12 @@ def test_questions_can_be_limited_and_written(
     found = questions_of(replace(config, limit=1, write=2), corpus)
     assert [q.synthetic for q in found.questions] == [False, True, True]
     assert found.questions[0].id == "a"
+    assert config.questions is not None
+    row = {"id": found.questions[1].id, "question": "What did Ines find?", "answers": ["honey"]}
+    config.questions.write_text(json.dumps(row))
+    again = questions_of(replace(config, write=2), corpus)
+    assert [q.text for q in again.questions] == [q.text for q in found.questions]
+    assert len({q.id for q in again.questions}) == 3
     none = replace(config, questions=None)
     with pytest.raises(ConfigError, match="give a file with --questions, or --write N"):
         questions_of(none, corpus)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpmem_eval.cost import break_even
+from mlpmem_eval.cost import Setup, break_even, cost_of
 from mlpmem_eval.render import write_report
 from mlpmem_eval.schema import SCHEMA_VERSION, Report, load_report
 from mlpmem_rag.errors import ConfigError
@@ -85,6 +85,14 @@ def test_costs_break_even_and_projection(report: Report) -> None:
     assert projected["memory", 100].total_ms == pytest.approx(memory.mean)
     assert projected["memory", 100].setup_seconds == 7200
     assert report.cost.assumptions
+
+
+def test_nothing_is_projected_where_the_search_cannot_be_told_apart(report: Report) -> None:
+    inside = Setup({"datastore": 3.0}, grows={"datastore": 9000})  # searched while decoding
+    cost = cost_of(
+        {"knn": inside, "base": Setup({})}, dict.fromkeys(("knn", "base"), report.arms["base"])
+    )
+    assert {projection.arm for projection in cost.projections} == {"base"}
 
 
 def test_break_even_at_its_ends() -> None:
