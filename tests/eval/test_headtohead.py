@@ -133,7 +133,11 @@ def test_questions_can_be_limited_and_written(
     assert [q.synthetic for q in found.questions] == [False, True, True]
     assert found.questions[0].id == "a"
     assert config.questions is not None
-    row = {"id": found.questions[1].id, "question": "What did Ines find?", "answers": ["honey"]}
+    row = {
+        "id": found.questions[1].id,
+        "question": "What did Ines Maro find?",
+        "answers": ["wild honey"],
+    }
     config.questions.write_text(json.dumps(row))
     again = questions_of(replace(config, write=2), corpus)
     assert [q.text for q in again.questions] == [q.text for q in found.questions]
