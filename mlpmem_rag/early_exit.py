@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
@@ -65,6 +65,7 @@ class Halves:
         """Look at a base model whose `layer`-th layer, counted from 0, is the last to run early."""
         self._base = base
         self._layer = layer
+        self._attention = _attention(base)
 
     @property
     def usable(self) -> bool:
@@ -73,8 +74,11 @@ class Halves:
         compiled = (part._compiled_call_impl for part in (self._base, self._base.base_model))
         if any(call is not None for call in compiled):
             return False
-        settings = self._base.generation_config
-        return set(settings.to_diff_dict()) <= HARMLESS and self.divisible
+        if (attention := _attention(self._base)) != self._attention:
+            self._attention = attention  # set anew: other bits, so another trial
+            for name in ("divisible", "early", "late"):
+                self.__dict__.pop(name, None)
+        return changes_nothing(self._base.generation_config) and self.divisible
 
     @cached_property
     def divisible(self) -> bool:
@@ -147,6 +151,17 @@ class Halves:
             body.config = copy.copy(body.config)
             body.config.__dict__["layer_types"] = list(kinds)[layers]
         return body
+
+
+def changes_nothing(settings: GenerationConfig) -> bool:
+    """Whether a model's own settings leave a greedy text as it is."""
+    return set(settings.to_diff_dict()) <= HARMLESS
+
+
+def _attention(base: PreTrainedModel) -> str | None:
+    """Name of the implementation."""
+    name: str | None = getattr(text_config(base), "_attn_implementation", None)
+    return name
 
 
 class Reading:

@@ -21,7 +21,7 @@ from mlpmem_rag.answering import Recorder, generation_config
 from mlpmem_rag.backbone import text_config
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
-from mlpmem_rag.early_exit import Halves, Reading, generate_early
+from mlpmem_rag.early_exit import Halves, Reading, changes_nothing, generate_early
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.pieces import TextPieces
@@ -264,7 +264,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     whole_ids = torch.cat([before, token_ids], dim=1).to(model.device)
     whole_mask = torch.cat([torch.ones_like(before), mask], dim=1).to(model.device)
     weight = _constant_weight(model, decoding, lambda_, query)
-    if weight is not None and weight > 0.5 and parts.halves.usable:
+    if weight is not None and weight > 0.5 and _divides(parts):
         reading = Reading(parts.halves, cache, whole_mask)
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
         view = query.to(model.device) if query is not None and model.query_size else None
@@ -291,6 +291,11 @@ def _constant_weight(
     if model.query_size and not _is_request(query, model.query_size):
         return None  # `generate` looks for the question in the ids, or refuses the vectors
     return model.constant_weight(lambda_, asked=query is not None)
+
+
+def _divides(parts: Parts) -> bool:
+    """Whether the base model can stop early for some tokens."""
+    return changes_nothing(parts.model.generation_config) and parts.halves.usable
 
 
 def _is_request(query: Tensor | None, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -149,6 +150,27 @@ def test_a_base_model_with_rules_of_its_own_stays_whole(
     early, late = (m.answer(QUESTIONS[0], max_new_tokens=12) for m in (memory, plainly(memory)))
     assert early.text == late.text
     assert early.confidence == pytest.approx(late.confidence)
+
+
+def test_rules_of_the_memorys_own_are_kept(tiny_folder: Path) -> None:
+    memory = memory_on(tiny_folder, temperature=SURE)
+    before = memory.answer(QUESTIONS[0], max_new_tokens=12)
+    rules = copy.deepcopy(memory.model.generation_config)
+    rules.no_repeat_ngram_size = 2
+    memory.model.generation_config = rules
+    early, late = (m.answer(QUESTIONS[0], max_new_tokens=12) for m in (memory, plainly(memory)))
+    assert early.text == late.text != before.text
+
+
+def test_another_attention_is_tried_anew(tmp_path: Path) -> None:
+    base = base_of(save_model(tmp_path / "qwen3", "qwen3"))
+    base.config.layer_types = ["full_attention"] * len(decoder_layers(base))
+    halves: Any = Halves(base, 1)
+    assert halves.usable
+    assert halves.late.config._attn_implementation == "sdpa"
+    base.set_attn_implementation("eager")
+    assert halves.usable
+    assert halves.late.config._attn_implementation == "eager"
 
 
 def test_a_base_model_that_rereads_long_texts_stays_whole(tiny_folder: Path) -> None:
