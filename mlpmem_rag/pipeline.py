@@ -112,15 +112,21 @@ def train(
         if fresh and team.first:
             for stage in STAGES:
                 forget_stage(work / stage)
-        if config.recipe != "paper":
-            load_encoder(config.encoder, prepared.backbone)  # refused now if it cannot be
+        name = NONE if config.recipe == "paper" else config.encoder
+        encoder = load_encoder(name, prepared.backbone)  # refused now if it cannot be
         plan = _plan(prepared, config, out, max_memory)
         if on_plan is not None:
             on_plan(plan)
         if team.first:
             replace(plan, disk_bytes=plan.disk_bytes - folder_bytes(work)).check()
         stages = Stages(
-            prepared, config, work, on_progress, keys_in_memory=plan.keys_in_memory, team=team
+            prepared,
+            encoder,
+            config,
+            work,
+            on_progress,
+            keys_in_memory=plan.keys_in_memory,
+            team=team,
         )
         return _train(stages, prepared, config, out, work, run, team)
 

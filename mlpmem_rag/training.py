@@ -49,7 +49,7 @@ from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
-from mlpmem_rag.query import load_encoder
+from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.questions import (
     Question,
     load_questions,
@@ -112,6 +112,7 @@ class Stages:
     def __init__(
         self,
         prepared: Prepared,
+        encoder: QueryEncoder | None,
         config: TrainConfig,
         work: Path,
         on_progress: OnProgress,
@@ -122,6 +123,7 @@ class Stages:
         self._team = team
         self._keys_in_memory = keys_in_memory
         self._prepared = prepared
+        self._encoder = encoder
         self._config = config
         self._work = work
         self._on_progress = on_progress
@@ -285,15 +287,16 @@ class Stages:
         key = self._after("questions", self._keys["datastore"], self._config.encoder)
         with self._stage("study", key) as (folder, done):
             if not done:
-                encoder = load_encoder(self._config.encoder, prepared.backbone)
                 study_rows(
                     prepared.backbone,
-                    encoder,
+                    self._encoder,
                     questions,
                     folder=folder,
                     on_progress=self._on_progress,
                 ).save(folder)
-                encode_contexts(encoder, prepared.backbone.tokenizer, prepared.windows).save(folder)
+                encode_contexts(self._encoder, prepared.backbone.tokenizer, prepared.windows).save(
+                    folder
+                )
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
 
     def split_questions(
