@@ -5,10 +5,10 @@ at once to be generated in batches of eight, in turns of order. The answers have
 batches, how many are is told. Then the same once more with a timer of one millisecond in the event
 loop, not timed, since the timer takes its share: its longest wait stands beside that of a loop with
 nothing to do, in a process of its own at the same time: what the machine's other load does to any
-loop. Then every question is asked as a stream, of the memory
-and of LlamaIndex's `VectorStoreIndex` query engine with its defaults on the same documents and
-language model, one after the other. Ratios are of the sums, with a 95 % bootstrap interval over
-rounds or questions.
+loop. Then every question is asked as a stream, one engine after the other: of the memory and, on
+the same documents and language model, of LlamaIndex's `VectorStoreIndex` query engine with its
+defaults and with the setting that answers the sample corpus's questions best. Ratios are of the
+sums, with a 95 % bootstrap interval over rounds or questions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import operator
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,16 @@ from benchmarks.figures import Figure, Goal
 from benchmarks.setup import Setup
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from mlpmem_eval.embedding import EncoderEmbedding
-from mlpmem_eval.rag import native_engine, native_index
+from mlpmem_eval.rag import (
+    FEW_SHOT,
+    RagSetting,
+    native_engine,
+    native_index,
+    passage_index,
+    tuned_engine,
+)
 from mlpmem_eval.workbench import sentence_encoder
+from mlpmem_rag.reading import STOP
 
 THREADS = 8
 BATCH = 8
@@ -45,6 +54,8 @@ MAX_NEW_TOKENS = 24
 FIRST_TOKEN = Goal(at_least=5.0)
 WHOLE_ANSWER = Goal(at_least=4.0)
 AT_LEAST_AS_FAST = Goal(at_least=1.0)
+TUNED = RagSetting(1, 0, FEW_SHOT)
+"""Whole documents with examples in plain text (docs/experiments.md, "RAG's best setting")."""
 TICK = 0.001
 Floats = npt.NDArray[np.float64]
 
@@ -201,10 +212,10 @@ def first_token(engine: BaseQueryEngine, question: str) -> tuple[float, float]:
 
 
 def streams(
-    memory: BaseQueryEngine, rag: BaseQueryEngine, questions: Sequence[str]
+    memory: BaseQueryEngine, rags: Mapping[str, BaseQueryEngine], questions: Sequence[str]
 ) -> dict[str, Any]:
-    """Time to the first token and to the end, of both, question by question in turns of order."""
-    engines = {"memory": memory, "rag": rag}
+    """Time to the first token and to the end, of all, question by question in turns of order."""
+    engines = {"memory": memory, **rags}
     for engine in engines.values():  # warm-up
         first_token(engine, questions[0])
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
@@ -215,7 +226,9 @@ def streams(
     return {
         reached: {
             "median_ms": {name: 1e3 * float(np.median(columns[name][n])) for name in engines},
-            "rag_over_memory": asdict(ratio(columns["rag"][n], columns["memory"][n])),
+            "over_memory": {
+                name: asdict(ratio(columns[name][n], columns["memory"][n])) for name in rags
+            },
         }
         for n, reached in enumerate(("first_token", "whole_answer"))
     }
@@ -230,14 +243,17 @@ def ratio(above: Floats, below: Floats, resamples: int = 4000) -> Ratio:
 
 
 def measured(
-    index: MLPMemIndex, rag: BaseQueryEngine, questions: Sequence[str], rounds: int
+    index: MLPMemIndex,
+    rags: Mapping[str, BaseQueryEngine],
+    questions: Sequence[str],
+    rounds: int,
 ) -> dict[str, Any]:
     llm = index.as_llm(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH)
     whole = index.as_query_engine(attribution="none")
     batching = index.as_query_engine(attribution="none", llm=llm)
     stream = index.as_query_engine(attribution="none", streaming=True)
     return {
-        **streams(stream, rag, questions),
+        **streams(stream, rags, questions),
         "throughput": throughput(whole, batching, questions, rounds),
     }
 
@@ -248,22 +264,38 @@ def run(setup: Setup) -> list[Figure]:
         setup.memory_folder, device=setup.device, max_new_tokens=MAX_NEW_TOKENS
     )
     embedding = EncoderEmbedding(sentence_encoder(index.llm.model))
-    native = native_index(setup.documents.documents, embedding, setup.work / "index")
-    base = index.as_llm(lambda_=0.0, max_new_tokens=MAX_NEW_TOKENS)
-    asked = setup.asked[:REQUESTS]
-    found = measured(index, native_engine(native.index, base), asked, ROUNDS)
+    documents = setup.documents.documents
+    native = native_index(documents, embedding, setup.work / "index")
+    passages = passage_index(documents, embedding, TUNED.words, setup.work / "passages")
+    base = partial(index.as_llm, lambda_=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    chat, plain = base(), base(is_chat_model=False, stop=[STOP])
+    rags = {
+        "RAG": native_engine(native.index, chat),
+        "tuned RAG": tuned_engine(passages.index, TUNED, chat, plain),
+    }
+    found = measured(index, rags, setup.asked[:REQUESTS], ROUNDS)
     served = found["throughput"]
     return [
-        _against_rag("time to the first token", found["first_token"], FIRST_TOKEN),
-        _against_rag("time to the whole answer", found["whole_answer"], WHOLE_ANSWER),
+        *_against_rag("time to the first token", found["first_token"], FIRST_TOKEN),
+        *_against_rag("time to the whole answer", found["whole_answer"], WHOLE_ANSWER),
         *(_at_once(way, served) for way in served["same_answers"] if way != "one by one"),
     ]
 
 
-def _against_rag(what: str, found: dict[str, Any], goal: Goal) -> Figure:
+def _against_rag(what: str, found: dict[str, Any], goal: Goal) -> list[Figure]:
     took = found["median_ms"]
-    times = timing.Ratio(*found["rag_over_memory"].values())
-    return Figure(what, "ms", took["memory"], "RAG", took["rag"], times, goal)
+    return [
+        Figure(
+            what if name == "RAG" else f"{what}, {name}",
+            "ms",
+            took["memory"],
+            name,
+            took[name],
+            timing.Ratio(*times.values()),
+            goal,
+        )
+        for name, times in found["over_memory"].items()
+    ]
 
 
 def _at_once(way: str, served: dict[str, Any]) -> Figure:

@@ -20,10 +20,11 @@ QUESTIONS = ["Who found wild honey in the old mill?", "Did Ines Maro find a map 
 def test_a_run_tells_all_figures(index: MLPMemIndex) -> None:
     vectors = VectorStoreIndex(list(index.docstore.docs.values()), embed_model=MockEmbedding(8))
     rag = vectors.as_query_engine(llm=index.as_llm(lambda_=0.0, max_new_tokens=4), streaming=True)
-    found = measured(index, rag, QUESTIONS, rounds=2)
+    found = measured(index, {"RAG": rag, "tuned RAG": rag}, QUESTIONS, rounds=2)
     for reached in ("first_token", "whole_answer"):
-        times = found[reached]["rag_over_memory"]
-        assert 0 < times["low"] <= times["ratio"] <= times["high"]
+        assert set(found[reached]["over_memory"]) == {"RAG", "tuned RAG"}
+        for name, times in found[reached]["over_memory"].items():
+            assert 0 < times["low"] <= times["ratio"] <= times["high"], name
     served = found["throughput"]
     ways = {"asyncio", "threads", "in batches of 8"}
     assert set(served["requests_a_second"]) == {"one by one", *ways}
@@ -38,7 +39,7 @@ def test_an_answer_that_differs_is_noticed(
     engine: Any = index.as_query_engine(attribution="none")
     monkeypatch.setattr(type(engine), "aquery", lambda _, question: late(question))
     with pytest.raises(AssertionError, match="asyncio: not the answers"):
-        measured(index, index.as_query_engine(streaming=True), QUESTIONS, rounds=1)
+        measured(index, {}, QUESTIONS, rounds=1)
 
 
 async def late(question: str) -> str:
