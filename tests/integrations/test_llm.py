@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from llama_index.core import PromptTemplate, Settings
@@ -21,6 +22,7 @@ from llama_index.core.llms import LLM, ChatMessage
 from llama_index.core.llms.loading import load_llm
 
 from llama_index.llms.mlpmem import MLPMemLLM
+from llama_index.llms.mlpmem.loading import reload
 from mlpmem_rag.backbone import load_backbone
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.memory_model import MemoryModel
@@ -181,6 +183,33 @@ def test_unknown_arguments_are_refused(llm: MLPMemLLM, name: str, asynchronous: 
         call(llm, name, asynchronous, top_p=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_tokens": "3"}, r"max_tokens = '3': allowed is a whole number"),
+        ({"max_new_tokens": 3.5}, r"max_new_tokens = 3\.5: allowed is a whole number"),
+        ({"temperature": "hot"}, r"temperature = 'hot': allowed is a number"),
+        ({"seed": "a"}, r"seed = 'a': allowed is a whole number"),
+        ({"stop": 5}, r"stop = 5: allowed is strings"),
+        ({"stop": ["a", None]}, r"stop = \['a', None\]: allowed is strings"),
+        ({"logits_processor": 5}, r"logits_processor = 5: allowed is LogitsProcessors"),
+        ({"asked": " "}, r"asked = ' ': allowed is a text"),
+        ({"asked": 5}, r"asked = 5: allowed is a text"),
+    ],
+)
+def test_values_of_another_kind_are_refused(
+    llm: MLPMemLLM, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        llm.complete(QUESTION, **given)
+
+
+def test_numbers_may_be_numpys(llm: MLPMemLLM) -> None:
+    given = {"max_tokens": np.int64(3), "lambda_": np.float32(0.5), "seed": np.int32(1)}
+    expected = llm.complete(QUESTION, max_tokens=3, lambda_=0.5, seed=1)
+    assert llm.complete(QUESTION, **given).text == expected.text
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_none_means_not_given(llm: MLPMemLLM, name: str) -> None:
     given = call(llm, name, max_tokens=None, stop=None, temperature=None, seed=None)
@@ -202,6 +231,23 @@ def test_an_empty_prompt_is_refused(llm: MLPMemLLM, prompt: str) -> None:
         lambda: llm.chat([ChatMessage(prompt)]),
         lambda: llm.chat([]),
     ):
+        with pytest.raises(ConfigError, match="the question is empty"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"system_prompt": "Be brief."},
+        {"messages_to_prompt": lambda _: "A prompt."},
+        {"completion_to_prompt": lambda text: f"Q: {text} A:"},
+    ],
+)
+def test_what_stands_around_a_prompt_is_no_question(
+    chat_model: MemoryModel, field: dict[str, Any]
+) -> None:
+    llm = MLPMemLLM.from_model(chat_model, max_new_tokens=4, **field)
+    for ask in (lambda: llm.complete(" "), lambda: llm.chat([]), lambda: llm.chat([ChatMessage()])):
         with pytest.raises(ConfigError, match="the question is empty"):
             ask()
 
@@ -336,6 +382,27 @@ def test_a_folder_trained_anew_is_loaded_anew(chat_memory: Path, tmp_path: Path)
     assert MLPMemLLM(folder, device="cpu").model is not before.model
 
 
+def test_a_folder_that_is_as_it_was_is_loaded_anew(chat_memory: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    shutil.copytree(chat_memory, folder, ignore=shutil.ignore_patterns("work"))
+    llm, manifest = MLPMemLLM(folder, device="cpu"), folder / "manifest.json"
+    before = manifest.read_text()
+    manifest.write_text(before + "\n")
+    reload(llm.model)  # as after a training
+    assert MLPMemLLM(folder, device="cpu").model is llm.model
+    manifest.write_text(before)
+    assert MLPMemLLM(folder, device="cpu").model is not llm.model
+
+
+def test_a_loaded_model_stays_where_it_is(chat_model: MemoryModel) -> None:
+    llm = MLPMemLLM.from_model(chat_model, device="cpu", dtype="float32", max_new_tokens=4)
+    assert (llm.device, llm.dtype, llm.model) == ("cpu", "float32", chat_model)
+    with pytest.raises(ConfigError, match=r"device = 'cuda': .* loaded already, with cpu; leave"):
+        MLPMemLLM.from_model(chat_model, device="cuda")
+    with pytest.raises(ConfigError, match=r"dtype = 'float16': .* already, with float32; leave"):
+        MLPMemLLM.from_model(chat_model, dtype="float16")
+
+
 def test_it_comes_back_from_what_it_was_stored_as(chat_memory: Path) -> None:
     llm = MLPMemLLM(
         chat_memory,
@@ -402,6 +469,7 @@ def test_a_base_model_that_does_not_fit_is_refused(chat_memory: Path, bare_folde
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"stop": [""]}, "empty stop string"),
         ({"context_windw": 4096}, "context_windw"),
+        ({"query_wrapper_prompt": PromptTemplate("Q: {query_str}")}, "give completion_to_prompt"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(

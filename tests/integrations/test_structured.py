@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -103,20 +104,100 @@ def test_wherever_an_object_is_asked_for_it_keeps_to_its_form(index: MLPMemIndex
     assert json.loads(str(response)) == response.response.model_dump()
 
 
-def test_the_memory_is_asked_the_question_and_not_the_schema(
-    index: MLPMemIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def last(stream: Any) -> Any:  # noqa: ANN401
+    return [item async for item in await stream][-1]
+
+
+@pytest.mark.filterwarnings("ignore:The `json` method:DeprecationWarning")  # in LlamaIndex
+def test_objects_that_come_in_pieces_keep_to_their_form_at_the_end(index: MLPMemIndex) -> None:
+    llm, template = index.as_llm(max_new_tokens=48), PromptTemplate("Who found {what}?")
+    expected = llm.structured_predict(Find, template, what="honey")
+    parts = list(llm.stream_structured_predict(Find, template, what="honey"))
+    assert len(parts) > 4
+    assert parts[-1] == expected
+    stream = llm.astream_structured_predict(Find, template, what="honey")
+    assert asyncio.run(last(stream)) == expected
+    structured, asked = llm.as_structured_llm(Find), [ChatMessage("Who found honey?")]
+    assert list(structured.stream_chat(asked))[-1].raw == expected
+    assert asyncio.run(last(structured.astream_chat(asked))).raw == expected
+
+
+ASKED = [ChatMessage(QUESTION)]
+TALK = [
+    ChatMessage("Be brief.", role="system"),
+    ChatMessage("Who?"),
+    ChatMessage("Ines.", role="assistant"),
+    *ASKED,
+]
+TEMPLATE = PromptTemplate("Who found {what} in the old mill?")
+WAYS: dict[str, Callable[[MLPMemLLM], object]] = {
+    "whole": lambda llm: llm.structured_predict(Find, TEMPLATE, what="wild honey"),
+    "stream": lambda llm: list(llm.stream_structured_predict(Find, TEMPLATE, what="wild honey")),
+    "a whole": lambda llm: asyncio.run(
+        llm.astructured_predict(Find, TEMPLATE, what="wild honey")  # type: ignore[arg-type]
+    ),
+    "a stream": lambda llm: asyncio.run(
+        last(llm.astream_structured_predict(Find, TEMPLATE, what="wild honey"))
+    ),
+    "chat": lambda llm: llm.as_structured_llm(Find).chat(ASKED),
+    "talk": lambda llm: llm.as_structured_llm(Find).chat(TALK),
+    "completion": lambda llm: llm.as_structured_llm(Find).complete(QUESTION),
+    "own": lambda llm: llm.structured_predict(Find, PromptTemplate("So?"), {"asked": QUESTION}),
+}
+
+
+@pytest.fixture
+def seen(index: MLPMemIndex, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the memory is asked."""
     encoder: Any = index.llm.model.encoder
-    seen: list[str] = []
+    texts: list[str] = []
     encode = encoder.encode
 
-    def noting(_: object, texts: list[str]) -> Any:  # noqa: ANN401
-        seen.extend(texts)
-        return encode(texts)
+    def noting(_: object, asked: list[str]) -> Any:  # noqa: ANN401
+        texts.extend(asked)
+        return encode(asked)
 
     monkeypatch.setattr(type(encoder), "encode", noting)
+    return texts
+
+
+@pytest.mark.parametrize("is_chat_model", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_memory_is_asked_the_question_and_not_the_schema(
+    index: MLPMemIndex, seen: list[str], way: str, is_chat_model: bool
+) -> None:
+    llm = index.as_llm(max_new_tokens=48, is_chat_model=is_chat_model, system_prompt="Be kind.")
+    for _ in range(2):  # a template is as it was before
+        WAYS[way](llm)
+        assert seen == [QUESTION]
+        seen.clear()
+
+
+def test_a_query_engine_asks_the_memory_the_question_alone(
+    index: MLPMemIndex, seen: list[str]
+) -> None:
     index.as_query_engine(llm=index.as_llm(max_new_tokens=48), output_cls=Find).query(QUESTION)
     assert seen == [QUESTION]
+
+
+def test_a_template_stays_as_it_is(index: MLPMemIndex) -> None:
+    llm, template = index.as_llm(max_new_tokens=48), PromptTemplate("Who found {what}?")
+    before = llm.predict(template, what="honey")
+    llm.structured_predict(Find, template, what="honey")
+    assert llm.predict(template, what="honey") == before
+
+
+class Bag(BaseModel):
+    """A grammar cannot see to it that they differ; pydantic makes a set of them."""
+
+    held: set[Literal["honey", "wax"]] = Field(max_length=2)
+
+
+def test_what_no_grammar_can_see_to_is_left_to_the_class(llm: MLPMemLLM) -> None:
+    found = llm.structured_predict(Bag, PromptTemplate("What was it?"))
+    assert found.held <= {"honey", "wax"}
+    with pytest.raises(ConfigError, match=r'kept to: .*"uniqueItems".*leave that out'):
+        llm.complete(QUESTION, json_schema=Bag)
 
 
 def test_objects_hold_what_is_named() -> None:
@@ -124,6 +205,7 @@ def test_objects_hold_what_is_named() -> None:
     open_one = {**one, "additionalProperties": True}
     schema = {"anyOf": [one, open_one], "$defs": {"a": {"items": one}}, "allOf": [one]}
     shut = {**one, "additionalProperties": False}
+    assert closed({"additionalProperties": one}) == {"additionalProperties": shut}
     assert closed(schema) == {
         "anyOf": [shut, open_one],
         "$defs": {"a": {"items": shut}},
@@ -137,6 +219,9 @@ def test_objects_hold_what_is_named() -> None:
 def test_a_schema_that_is_none_is_refused(llm: MLPMemLLM) -> None:
     with pytest.raises(ConfigError, match="json_schema cannot be kept to"):
         llm.complete(QUESTION, json_schema={"type": "nothing of the kind"})
+    for schema in ('{"type": "object"}', list[Find], Find(who="Ines", year=1850)):
+        with pytest.raises(ConfigError, match=r"json_schema = .*allowed is a pydantic class, or"):
+            llm.complete(QUESTION, json_schema=schema)
 
 
 def test_a_tokenizer_without_an_end_is_refused(llm: MLPMemLLM) -> None:

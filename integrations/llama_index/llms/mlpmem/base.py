@@ -28,15 +28,16 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.types import Model
 
 from llama_index.llms.mlpmem.calls import decoding_of, listed, raw, warn_of_cut
-from llama_index.llms.mlpmem.grammar import can_constrain
-from llama_index.llms.mlpmem.loading import shared_model
-from llama_index.llms.mlpmem.messages import to_messages, with_system
+from llama_index.llms.mlpmem.grammar import JsonGrammar, can_constrain
+from llama_index.llms.mlpmem.loading import check_loaded, shared_model
+from llama_index.llms.mlpmem.messages import asked_of, to_messages, with_system
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
-from mlpmem_rag.prompts import asked_text
 
 DEFAULT_NEW_TOKENS = 256
+FORMS = frozenset({"json_schema", "logits_processor"})
+"""Arguments of a call that sees to the form of its answer itself."""
 
 _R = TypeVar("_R", CompletionResponse, ChatResponse)
 _Respond = Callable[[str, str | None, dict[str, Any] | None], _R]
@@ -103,11 +104,7 @@ class MLPMemLLM(LLM):
         given = memory if isinstance(memory, MemoryModel) else None
         folder = memory if given is None else given.folder or ""
         super().__init__(**{"memory": str(folder), **fields})
-        if given is None and not self.memory:
-            raise ConfigError(
-                "memory is empty: this LLM was made from a loaded model without a folder; give "
-                "the folder of a memory, or use MLPMemLLM.from_model"
-            )
+        self._check(given)
         self._model = given or shared_model(
             self.memory, base_model=self.base_model, device=self.device, dtype=self.dtype
         )
@@ -117,7 +114,12 @@ class MLPMemLLM(LLM):
 
     @classmethod
     def from_model(cls, memory_model: MemoryModel, **fields: Any) -> Self:  # noqa: ANN401
-        """An LLM on a memory that is loaded already, shared with others."""
+        """An LLM on a memory that is loaded already, shared with others.
+
+        Raises:
+            ConfigError: a setting outside what is allowed, or another `device` or `dtype` than
+                the memory was loaded with.
+        """
         return cls(memory_model, **fields)
 
     @property
@@ -221,6 +223,7 @@ class MLPMemLLM(LLM):
         return self._aparts(self._chatting(messages, kwargs), _reply)
 
     # Objects: programs say the schema in the prompt, and where a grammar can be had, it is kept to.
+    # The memory is asked the prompt alone.
 
     def structured_predict(
         self,
@@ -230,8 +233,8 @@ class MLPMemLLM(LLM):
         **prompt_args: Any,  # noqa: ANN401
     ) -> Model:
         """Answer with an object."""
-        kept = self._in_form(output_cls, llm_kwargs)
-        made: Model = super().structured_predict(output_cls, prompt, kept, **prompt_args)
+        own, kept = self._in_form(output_cls, prompt, llm_kwargs, prompt_args)
+        made: Model = super().structured_predict(output_cls, own, kept, **prompt_args)
         return made
 
     async def astructured_predict(
@@ -242,21 +245,66 @@ class MLPMemLLM(LLM):
         **prompt_args: Any,  # noqa: ANN401
     ) -> Model:
         """Like `structured_predict`; the event loop stays free."""
-        kept = self._in_form(output_cls, llm_kwargs)
-        made: Model = await super().astructured_predict(output_cls, prompt, kept, **prompt_args)
+        own, kept = self._in_form(output_cls, prompt, llm_kwargs, prompt_args)
+        made: Model = await super().astructured_predict(output_cls, own, kept, **prompt_args)
         return made
+
+    def _structured_stream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,  # noqa: ANN401
+    ) -> Generator[Any, None, None]:
+        own, kept = self._in_form(output_cls, prompt, llm_kwargs, prompt_args)
+        return super()._structured_stream_call(output_cls, own, kept, **prompt_args)
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,  # noqa: ANN401
+    ) -> AsyncGenerator[Any, None]:
+        own, kept = self._in_form(output_cls, prompt, llm_kwargs, prompt_args)
+        return await super()._structured_astream_call(output_cls, own, kept, **prompt_args)
 
     # What they share.
 
+    def _check(self, given: MemoryModel | None) -> None:
+        """Refuse what would have no effect."""
+        if given is not None:
+            check_loaded(given, device=self.device, dtype=self.dtype)
+        elif not self.memory:
+            raise ConfigError(
+                "memory is empty: this LLM was made from a loaded model without a folder; give "
+                "the folder of a memory, or use MLPMemLLM.from_model"
+            )
+        if self.query_wrapper_prompt is not None:
+            raise ConfigError(
+                "query_wrapper_prompt is not taken: LlamaIndex applies it to some calls only; "
+                "give completion_to_prompt and messages_to_prompt"
+            )
+
     def _in_form(
-        self, output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """Arguments of a call that has to give an object, unless they see to it themselves."""
-        given = dict(llm_kwargs or {})
-        own = self.logits_processor is not None or {"json_schema", "logits_processor"} & set(given)
-        if not own and can_constrain(self._model.tokenizer):
-            given["json_schema"] = output_cls
-        return given
+        self,
+        output_cls: type[BaseModel],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None,
+        prompt_args: dict[str, Any],
+    ) -> tuple[PromptTemplate, dict[str, Any]]:
+        """Prompt and arguments of a call that has to give an object.
+
+        The prompt is a copy: programs set their output parser, which writes the schema, on it.
+        """
+        own = prompt.model_copy(update={"output_parser": None})
+        given = {name: value for name, value in (llm_kwargs or {}).items() if value is not None}
+        given.setdefault("asked", asked_of(own.format_messages(llm=self, **prompt_args)))
+        tokenizer = self._model.tokenizer
+        free = self.logits_processor is None and FORMS.isdisjoint(given)
+        if free and can_constrain(tokenizer):
+            given["logits_processor"] = JsonGrammar(tokenizer, output_cls, lenient=True)
+        return own, given
 
     @property
     def _decoding(self) -> Decoding:
@@ -282,12 +330,13 @@ class MLPMemLLM(LLM):
         decoding, asked = decoding_of(self._decoding, kwargs, self._model.tokenizer)
         if formatted:
             return self._model.continue_text(prompt, decoding, asked=asked)
+        messages = [ChatMessage(role=MessageRole.USER, content=prompt)]
         to_prompt = self.completion_to_prompt
         if to_prompt is None or to_prompt is default_completion_to_prompt:
-            message = ChatMessage(role=MessageRole.USER, content=prompt)
-            return self._reply_to([message], decoding, asked)
+            return self._reply_to(messages, decoding, asked)
+        question = asked_of(messages)
         text = to_prompt(self._extend_prompt(prompt))
-        return self._model.continue_text(text, decoding, asked=asked or prompt, strip=True)
+        return self._model.continue_text(text, decoding, asked=asked or question, strip=True)
 
     def _chatting(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> AnswerStream:
         decoding, asked = decoding_of(self._decoding, kwargs, self._model.tokenizer)
@@ -296,14 +345,13 @@ class MLPMemLLM(LLM):
     def _reply_to(
         self, messages: Sequence[ChatMessage], decoding: Decoding, asked: str | None
     ) -> AnswerStream:
+        question = asked_of(messages)
         conversation = with_system(messages, self.system_prompt)
-        ours = to_messages(conversation)
         to_prompt = self.messages_to_prompt
         if to_prompt is None or to_prompt is plain_messages:  # the model's own form is better
-            return self._model.reply(ours, decoding, asked=asked)
+            return self._model.reply(to_messages(conversation), decoding, asked=asked or question)
         text = to_prompt(conversation)
-        asked = asked_text(ours) if asked is None else asked
-        return self._model.continue_text(text, decoding, asked=asked, strip=True)
+        return self._model.continue_text(text, decoding, asked=asked or question, strip=True)
 
     def _whole(self, stream: AnswerStream, as_response: _Respond[_R]) -> _R:
         for _ in stream:

@@ -20,7 +20,7 @@ from mlpmem_rag.errors import ConfigError, MissingDependencyError
 JsonSchema = type[BaseModel] | dict[str, Any]
 
 # Small models go on with white space for ever where the form lets them.
-COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 # Of a tokenizer and the width of a model's output; it takes a second to make.
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, Any]] = WeakKeyDictionary()
@@ -47,8 +47,9 @@ def closed(schema: Any) -> Any:  # noqa: ANN401
     for name in ("anyOf", "oneOf", "prefixItems"):
         if isinstance(out.get(name), list):
             out[name] = [closed(value) for value in out[name]]
-    if "items" in out:
-        out["items"] = closed(out["items"])
+    for name in ("items", "additionalProperties"):
+        if name in out:
+            out[name] = closed(out[name])
     if "properties" in out:
         out.setdefault("additionalProperties", False)
     return out
@@ -60,13 +61,17 @@ class JsonGrammar(LogitsProcessor):
     Args:
         tokenizer: of the base model.
         schema: a pydantic class, or a JSON schema.
+        lenient: leave out what no grammar can see to (that a list's items differ, say), for
+            answers that are checked afterwards.
 
     Raises:
         ConfigError: a schema that cannot be a grammar, or a tokenizer without an end mark.
         MissingDependencyError: llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, schema: JsonSchema) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, schema: JsonSchema, *, lenient: bool = False
+    ) -> None:
         try:
             from llguidance import LLMatcher
         except ModuleNotFoundError as error:
@@ -79,11 +84,14 @@ class JsonGrammar(LogitsProcessor):
                 "model's has none"
             )
         told = schema if isinstance(schema, dict) else schema.model_json_schema()
+        options: Any = {**COMPACT, "lenient": lenient}
         self._grammar = LLMatcher.grammar_from_json_schema(
-            json.dumps(closed(told)), overrides=COMPACT
+            json.dumps(closed(told)), overrides=options
         )
         if wrong := LLMatcher.validate_grammar(self._grammar, None):
-            raise ConfigError(f"json_schema cannot be kept to: {wrong}")
+            raise ConfigError(
+                f"json_schema cannot be kept to: {wrong}; leave that out of the schema"
+            )
         self._tokenizer: Any = tokenizer
         self._matcher: Any = None
         self._seen = 0

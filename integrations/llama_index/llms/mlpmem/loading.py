@@ -36,6 +36,21 @@ def shared_model(
         return memory
 
 
+def check_loaded(memory: MemoryModel, *, device: str, dtype: str) -> None:
+    """Refuse settings that a memory which is loaded already does not have.
+
+    Raises:
+        ConfigError: it was loaded on another device, or in another number format.
+    """
+    place, number = str(memory.model.device), dtype_name(memory.model.dtype)
+    for name, given, has in (("device", device, place), ("dtype", dtype, number)):
+        if given != "auto" and not has.startswith(given):
+            raise ConfigError(
+                f"{name} = {given!r}: this memory is loaded already, with {has}; leave {name} "
+                "out, or give MLPMemLLM the memory's folder"
+            )
+
+
 def reload(memory: MemoryModel) -> None:
     """Have a loaded memory be what its folder holds now, for all who use it.
 
@@ -52,6 +67,7 @@ def reload(memory: MemoryModel) -> None:
         digest = _digest(memory.folder)
         for key, loaded in list(_loaded.items()):
             if loaded is memory:
+                del _loaded[key]  # the old content may come back
                 _loaded[key[0], digest, *key[2:]] = memory
 
 

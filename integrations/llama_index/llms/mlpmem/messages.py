@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.prompts import Message
+from mlpmem_rag.prompts import Message, asked_text, check_asked
 
 # Most templates know three roles only.
 ROLES = {
@@ -33,6 +33,18 @@ def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
         else:
             out.append({"role": role, "content": text})
     return out
+
+
+def asked_of(messages: Sequence[ChatMessage]) -> str:
+    """What a conversation asks: the user's last message.
+
+    Raises:
+        ConfigError: there is no message, the last one is empty, or one holds something other
+            than text.
+    """
+    ours = to_messages(messages)
+    check_asked(ours)
+    return asked_text(ours)
 
 
 def message_text(message: ChatMessage) -> str:
