@@ -116,5 +116,5 @@ def _figure(what: str, took: Times, goal: Goal, limits: dict[str, Any]) -> Figur
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()

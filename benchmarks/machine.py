@@ -26,15 +26,21 @@ FORMATS = {
 
 def describe(device: str) -> dict[str, Any]:
     """Processor, cores, threads and GPU, with the device that was measured."""
-    return {**machine(), "device": device}
+    return {**_machine(device), "device": device}
 
 
 def slug(device: str) -> str:
     """A file name from what computes: the GPU's model, or the CPU's with the number of threads."""
-    found = machine()
+    found = _machine(device)
     name = found["gpu"] if device.startswith("cuda") else found["processor"]
     count = "" if device.startswith("cuda") else f"-{found['torch_threads']}-threads"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + count
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """As the evaluation tells it, with the GPU that is measured."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
+    return {**machine(), **gpu}
 
 
 def ceilings(device: str, folder: Path | None = None) -> Ceilings:
@@ -84,6 +90,6 @@ def disk_rate(folder: Path | None) -> float:
 def held_bytes(device: str) -> int:
     """Memory that this process holds now: on a GPU what torch has allocated there."""
     if device.startswith("cuda"):
-        return int(torch.cuda.memory_allocated())
+        return int(torch.cuda.memory_allocated(device))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

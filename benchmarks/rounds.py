@@ -69,4 +69,4 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
 
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)

@@ -200,7 +200,7 @@ def on_host(states: Tensor) -> Callable[[], Tensor]:
     copy = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
     copy.copy_(states, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(states.device))  # not of the current device
 
     def arrived() -> Tensor:
         copied.synchronize()

@@ -22,6 +22,7 @@ from mlpmem_rag.datastore import (
     Datastore,
     build_datastore,
     length_buckets,
+    on_host,
     write_keys,
 )
 from mlpmem_rag.errors import ArtifactError, BaseModelError
@@ -179,3 +180,41 @@ def test_one_batch_is_written_while_the_next_is_computed(
 def test_nothing_to_open(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no finished datastore"):
         Datastore.open(tmp_path)
+
+
+class OnGPU:
+    """Stands in for a tensor on the second of two GPUs, and for its copy in pinned memory."""
+
+    device = torch.device("cuda:1")
+    shape, dtype = (2, 3), torch.float16
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.copied = False
+
+    def to(self, dtype: torch.dtype) -> OnGPU:
+        assert dtype == torch.float16
+        return self
+
+    def copy_(self, states: OnGPU, *, non_blocking: bool) -> None:
+        assert non_blocking
+        self.copied = True
+
+
+def test_the_copy_is_waited_for_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event of the current device, which may be another, says nothing of the copy."""
+    recorded: list[object] = []
+
+    class Event:
+        def record(self, stream: object = "of the current device") -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            recorded.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    monkeypatch.setattr(torch, "empty", OnGPU)
+    arriving = on_host(OnGPU())  # type: ignore[arg-type]
+    assert recorded == ["of cuda:1"]
+    assert arriving().copied  # type: ignore[attr-defined]
+    assert recorded == ["of cuda:1", "waited"]

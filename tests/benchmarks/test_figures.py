@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import page, results, roofline
+from benchmarks import decoding, machine, page, results, roofline
 from benchmarks.figures import Ceilings, Figure, Goal, Needs
 from benchmarks.rounds import Ratio, interleaved, median_ratio, timed
 from mlpmem_rag.backbone import Backbone
@@ -37,6 +37,21 @@ def test_arms_take_turns_and_their_times_are_theirs() -> None:
     assert order == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast"]
     assert all(s >= 0.02 > f for s, f in zip(took["slow"], took["fast"], strict=True))
     assert timed(lambda: 7)[0] == 7
+
+
+def test_the_device_that_is_measured_is_waited_for_and_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    timed(lambda: waited.append("work"), "cuda:1")
+    assert waited == ["cuda:1", "work", "cuda:1"]
+    decoding._now(torch.device("cuda:1"))
+    assert waited[-1] == torch.device("cuda:1")
+    for name, of in (("memory_allocated", {"cuda:1": 7}), ("get_device_name", {"cuda:1": "B"})):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, of=of: of[device])
+    assert machine.held_bytes("cuda:1") == 7
+    assert (machine.describe("cuda:1")["gpu"], machine.slug("cuda:1")) == ("B", "b")
 
 
 def test_the_slower_of_computing_and_moving_is_the_ceiling() -> None:
