@@ -22,6 +22,7 @@ from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.index import Floats, Rows, stretches
 from mlpmem_rag.nearest import smallest, squared_distances
 from mlpmem_rag.storage import allocate_array
+from mlpmem_rag.torch_index import free_bytes
 
 PROBES = 112
 """Cells that a group of queries is compared with."""
@@ -236,4 +237,4 @@ def order_by_cell(
 
 def fits(size: int, device: torch.device) -> bool:
     """Whether a GPU has room for so many bytes and as much again for the work on them."""
-    return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]
+    return device.type == "cuda" and 2 * size < free_bytes(device)

@@ -1,8 +1,7 @@
 """Indexes over the keys of a datastore, to search with one query or many.
 
-Exact up to `FLAT_MAX_ROWS`: by FAISS, on a GPU where its build knows one, by torch on a GPU that
-FAISS does not know. Beyond, at answer time, an IVF-PQ index proposes candidates and their distances
-are computed again from the stored keys.
+Exact up to `FLAT_MAX_ROWS`: by FAISS on a CPU, by torch on a GPU. Beyond, at answer time, an IVF-PQ
+index proposes candidates and their distances are computed again from the stored keys.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ BLAS_FROM = 2048
 """Numbers in a batch of queries from which FAISS computes distances by matrix products. As FAISS
 1.15 has it (128,000), 200 queries of width 576 take twenty times as long as 230."""
 CUDA_BLOCK = 1 << 18
-"""Keys that are compared with at one time: enough to keep a GPU busy."""
+"""Keys that are moved to a GPU at one time."""
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -72,6 +71,16 @@ def import_faiss() -> Any:  # noqa: ANN401  faiss has no types
     return faiss
 
 
+def check_search(device: torch.device) -> None:
+    """Refuse now what a later search on the device would fail for.
+
+    Raises:
+        MissingDependencyError: the device is no GPU, and FAISS is not installed.
+    """
+    if device.type != "cuda":
+        import_faiss()
+
+
 def faiss_has_gpu() -> bool:
     """Whether FAISS was built for GPUs and sees one."""
     faiss = import_faiss()
@@ -93,17 +102,16 @@ def flat_index(
     datastore: Datastore, database: Rows, centre: Floats, device: torch.device = CPU
 ) -> Index:
     """An exact index over the given rows."""
-    index: Index
-    if device.type == "cuda" and not faiss_has_gpu():
-        index = TorchIndex(device)
-    else:
-        index = on_gpu(import_faiss().IndexFlatL2(datastore.key_size))
-    for rows in stretches(database, CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK):
+    on_gpu = device.type == "cuda"
+    index: Index = TorchIndex(device) if on_gpu else import_faiss().IndexFlatL2(datastore.key_size)
+    for rows in stretches(database, CUDA_BLOCK if on_gpu else CPU_BLOCK):
         index.add(datastore.keys(rows) - centre)
     return index
 
 
-def ivfpq_index(datastore: Datastore, database: Rows, centre: Floats) -> Any:  # noqa: ANN401
+def ivfpq_index(
+    datastore: Datastore, database: Rows, centre: Floats, device: torch.device = CPU
+) -> Any:  # noqa: ANN401
     """An inverted-file, product-quantised index: 4·√N lists, at most 64 bytes a row.
 
     The paper's figures (4096 lists, 32 probed, 64 bytes) are what this gives at a million rows.
@@ -118,22 +126,22 @@ def ivfpq_index(datastore: Datastore, database: Rows, centre: Floats) -> Any:  #
     sample = np.random.default_rng(0).choice(
         database, size=min(len(database), max(64 * lists, 65_536)), replace=False
     )
-    index = on_gpu(index)
+    index = moved(index, device)
     index.train(datastore.keys(np.sort(sample)) - centre)
     for rows in stretches(database):
         index.add(datastore.keys(rows) - centre)
     return index
 
 
-def on_gpu(index: Any) -> Any:  # noqa: ANN401
-    """The index on the first GPU when FAISS was built for one and sees it, else as it is."""
-    if not faiss_has_gpu():
+def moved(index: Any, device: torch.device) -> Any:  # noqa: ANN401
+    """The index on the device where that is a GPU and FAISS was built for GPUs, else as it is."""
+    if device.type != "cuda" or not faiss_has_gpu():
         return index
     faiss = import_faiss()
     options = faiss.GpuClonerOptions()
-    # Look-up tables of 64 sub-quantisers fit into shared memory only in half precision.
-    options.useFloat16 = isinstance(index, faiss.IndexIVFPQ)
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+    options.useFloat16 = True  # of 64 sub-quantisers, only such tables fit into shared memory
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index, options)
 
 
 class StoredIndex:

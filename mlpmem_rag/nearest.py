@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 GROUP = 32
 """Columns that are looked at together on a GPU, where selecting costs more than multiplying."""
@@ -65,16 +66,14 @@ def grouped_smallest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
     The k smallest numbers lie in the k groups of columns with the smallest minima, so that most
     columns are read once and selected from never. *Shape:* (R, N) -> 2 x (R, k).
     """
-    rows, columns = distances.shape
+    columns = distances.shape[1]
     whole = columns - columns % GROUP
     grouped = distances[:, :whole].unflatten(1, (-1, GROUP))
     groups = grouped.amin(2).topk(k, largest=False, sorted=False).indices
     chosen = groups[..., None].expand(-1, -1, GROUP)
     candidates = grouped.gather(1, chosen).flatten(1)
-    places = (chosen * GROUP + torch.arange(GROUP, device=distances.device)).flatten(1)
-    if whole < columns:  # a few columns are left over
-        rest = torch.arange(whole, columns, device=distances.device).expand(rows, -1)
+    if whole < columns:  # a few columns are left over: as one more group, which is not full
         candidates = torch.cat([candidates, distances[:, whole:]], 1)
-        places = torch.cat([places, rest], 1)
+        groups = F.pad(groups, (0, 1), value=whole // GROUP)
     values, within = candidates.topk(k, largest=False)
-    return values, places.gather(1, within)
+    return values, groups.gather(1, within // GROUP) * GROUP + within % GROUP

@@ -34,6 +34,7 @@ from mlpmem_rag.index import (
 )
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.storage import allocate_array
+from mlpmem_rag.torch_index import free_bytes
 
 MAX_NEIGHBORS = 1024
 QUERY_BATCH = 1024
@@ -178,8 +179,7 @@ def exact_rows(width: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return FLAT_MAX_ROWS
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(FLAT_MAX_ROWS, free // 2 // (BYTES_ON_GPU * width))
+    return max(FLAT_MAX_ROWS, free_bytes(device) // 2 // (BYTES_ON_GPU * width))
 
 
 def drop_self(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,31 @@ import torch
 from mlpmem_rag import index as module
 from mlpmem_rag import neighbors, torch_index
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.index import BLAS_FROM, CPU, FLAT_MAX_ROWS, flat_index, import_faiss
+from mlpmem_rag.errors import MissingDependencyError, MLPMemError
+from mlpmem_rag.index import (
+    BLAS_FROM,
+    CPU,
+    FLAT_MAX_ROWS,
+    RERANK_FACTOR,
+    check_search,
+    flat_index,
+    import_faiss,
+    ivfpq_index,
+    key_centre,
+    moved,
+    rerank,
+)
+from mlpmem_rag.nearest import GROUP
 from mlpmem_rag.neighbors import exact_rows, find_neighbors
-from mlpmem_rag.torch_index import TorchIndex
+from mlpmem_rag.torch_index import (
+    TorchIndex,
+    free_bytes,
+    key_factor,
+    products,
+    query_factor,
+    room_for_work,
+    shares,
+)
 
 Make = Callable[..., Datastore]
 
@@ -24,7 +47,9 @@ Make = Callable[..., Datastore]
 def test_torch_finds_what_brute_force_finds(
     k: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_index, "GATHERED", 20_000)  # several queries at a time
+    # Seven queries at a time, sixty of the keys, and few of the chosen ones.
+    monkeypatch.setattr(torch_index, "CPU_ROOM", 7 * 4 * 4 * GROUP * (k + torch_index.SPARE))
+    monkeypatch.setattr(torch_index, "COLUMNS", 60)
     rng = np.random.default_rng(k)
     keys = rng.normal(size=(200, 24)).astype(np.float32)
     queries = rng.normal(size=(30, 24)).astype(np.float32)
@@ -57,6 +82,109 @@ def test_what_half_precision_misorders_is_put_right() -> None:
     np.testing.assert_allclose(distances[0], ((near[:10] - 100) ** 2).sum(1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [1e-3, 1.0, 300.0, 60_000.0])
+def test_one_product_ranks_as_distances_do(length: float) -> None:
+    rng = np.random.default_rng(0)
+    keys, queries = (torch.from_numpy(rng.normal(size=(n, 20))).float() for n in (50, 8))
+    keys *= length / keys.norm(dim=1).max()
+    factor, given = key_factor(keys), query_factor(queries.mul_(length / 10))
+    assert factor.keys.shape == (50, 24)
+    assert given.shape == (8, 24)
+    given[:, 20:22] = factor.unit
+    found = products(given, factor.keys).double()
+    halves = [side.half().double() for side in (queries, keys)]
+    expected = keys.double().square().sum(1) / 2 - halves[0] @ halves[1].T
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * length**2)
+
+
+def test_a_key_too_long_for_half_precision_is_refused() -> None:
+    with pytest.raises(MLPMemError, match=r"length 70,000: .* up to 65,504; choose another layer"):
+        TorchIndex(CPU).add(np.full((1, 1), 70_000, dtype=np.float32))
+
+
+def test_the_room_decides_how_much_is_compared_at_one_time() -> None:
+    assert shares(1 << 33, 4096, 96) == (4096, 1 << 18)
+    assert shares(1 << 31, 4096, 96) == (4096, 1 << 17)
+    # 4 groups of 32 columns for each of 1,056 candidates, in float32: half a megabyte a row.
+    assert shares(1 << 29, 4096, 1056) == (992, 135_300)
+    assert shares(1, 4096, 1056) == (1, 1)
+
+
+def test_what_torch_keeps_unused_is_free_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = torch.device("cuda:1")
+    for name, size in (("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size * (device == there))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * (device == there), 200))
+    assert free_bytes(there) == 130
+    assert room_for_work(there) == 130 // 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 << 30, 80 << 30))
+    assert room_for_work(there) == torch_index.ROOM
+
+
+def test_a_gpu_searches_without_faiss(datastore_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mlpmem-rag\[cpu\]'"):
+        check_search(CPU)
+    check_search(torch.device("cuda"))
+    monkeypatch.setattr(module, "TorchIndex", lambda _: TorchIndex(CPU))
+    store, centre = datastore_of(np.eye(9)), np.zeros(9, dtype=np.float32)
+    index = flat_index(store, np.arange(9), centre, torch.device("cuda"))
+    np.testing.assert_array_equal(index.search(store.keys(np.arange(9)), 1)[1][:, 0], np.arange(9))
+
+
+class Options:
+    """As FAISS passes them to a copy of an index on a GPU."""
+
+    useFloat16 = False  # noqa: N815  FAISS's name
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda:1", [1]), ("cuda", [3])])
+def test_an_index_goes_to_the_gpu_that_is_asked_for_and_to_no_other(
+    device: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+
+    def copied(_: object, number: int, index: str, options: Options) -> str:
+        assert options.useFloat16
+        numbers.append(number)
+        return index
+
+    faiss = import_faiss()
+    for name, value in {
+        "StandardGpuResources": object,
+        "get_num_gpus": lambda: 4,
+        "GpuClonerOptions": Options,
+        "index_cpu_to_gpu": copied,
+    }.items():
+        monkeypatch.setattr(faiss, name, value, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert moved("index", torch.device(device)) == "index"
+    assert numbers == expected
+
+
+def test_candidates_of_codes_are_ordered_by_their_true_distance(datastore_of: Make) -> None:
+    """Rows around forty centres; their codes take a byte for four numbers."""
+    rng = np.random.default_rng(0)
+    centres = 3 * rng.normal(size=(40, 256))
+    keys = centres[rng.integers(40, size=4000)] + rng.normal(size=(4000, 256))
+    store, rows = datastore_of(keys), np.arange(4000)
+    centre = key_centre(store, rows)
+    index, queries = ivfpq_index(store, rows, centre), store.keys(rows[::40])
+    _, candidates = index.search(queries - centre, RERANK_FACTOR * 16)
+    found, distances = rerank(store, queries, candidates)
+    brute = ((queries[:, None].astype(np.float64) - store.keys(rows)) ** 2).sum(2)
+    here = np.where(found >= 0, np.take_along_axis(brute, np.maximum(found, 0), 1), np.inf)
+    np.testing.assert_allclose(distances, here, rtol=1e-5, atol=1e-5)
+    assert np.all(np.diff(np.where(found >= 0, distances, 1e9), axis=1) >= 0)
+    near = flat_index(store, rows, centre).search(queries - centre, 16)[1]
+    by_code, by_key = (
+        np.mean([np.isin(a, b[:16]).mean() for a, b in zip(near, ordered, strict=True)])
+        for ordered in (candidates, found)
+    )
+    assert by_key > 0.95
+    assert by_code < 0.9, "else nothing was to be put right"
+
+
 def test_faiss_and_torch_agree_through_the_same_door(
     datastore_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +198,7 @@ def test_faiss_and_torch_agree_through_the_same_door(
         asked.append(device)
         return TorchIndex(CPU)
 
-    monkeypatch.setattr(module, "TorchIndex", on_cpu)  # in the place of a GPU that FAISS lacks
+    monkeypatch.setattr(module, "TorchIndex", on_cpu)  # in the place of a GPU
     found = flat_index(store, rows, centre, torch.device("cuda")).search(queries, 7)
     assert asked == [torch.device("cuda")]
     np.testing.assert_array_equal(found[1], expected[1])
