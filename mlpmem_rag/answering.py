@@ -27,7 +27,7 @@ class Recorder(LogitsProcessor):
 
     def __init__(self, familiarity: Sequence[float] | None = None) -> None:
         self._familiarity = familiarity
-        self._steps: list[tuple[list[float], list[float]]] = []
+        self._steps: list[Tensor] = []  # log-probabilities and entropies, (2, B) each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """*Shapes:* (B, T), (B, W) -> (B, W)."""
@@ -35,10 +35,10 @@ class Recorder(LogitsProcessor):
         return scores
 
     def note(self, scores: Tensor) -> None:
-        """The next step's logits. *Shape:* (B, W)."""
+        """The next step's logits; nobody waits for what is noted. *Shape:* (B, W)."""
         log_probs = scores.float().log_softmax(-1)
         entropies = torch.special.entr(log_probs.exp()).sum(-1)
-        self._steps.append((log_probs.max(-1).values.tolist(), entropies.tolist()))
+        self._steps.append(torch.stack([log_probs.max(-1).values, entropies]))
 
     @property
     def num_steps(self) -> int:
@@ -47,12 +47,10 @@ class Recorder(LogitsProcessor):
 
     def trace(self, line: int, length: int) -> Trace:
         """Of one sequence of the batch, up to its last token."""
-        steps = self._steps[:length]
-        return Trace(
-            tuple(log_probs[line] for log_probs, _ in steps),
-            tuple(entropies[line] for _, entropies in steps),
-            self._familiarity[line] if self._familiarity else 0.0,
-        )
+        steps = [step[:, line] for step in self._steps[:length]]
+        log_probs, entropies = torch.stack(steps, dim=1).tolist() if steps else ((), ())
+        familiarity = self._familiarity[line] if self._familiarity else 0.0
+        return Trace(tuple(log_probs), tuple(entropies), familiarity)
 
 
 def generation_config(

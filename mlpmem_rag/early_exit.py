@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import or_
 from typing import Any, Protocol
 
 import torch
@@ -179,6 +180,7 @@ class Reading:
         self._halves = halves
         self.head = halves.head
         self._mask = mask
+        self._padded = not bool(mask.all())
         whole = halves.new_cache() if cache is None else cache
         self._early, self._late = DynamicCache(), _LateCache(halves.split)
         self._early.layers = whole.layers[: halves.split]
@@ -200,12 +202,11 @@ class Reading:
 
         They are what the head reads. *Shape:* -> (B, N, D).
         """
-        ends = torch.tensor([states.shape[1] for states in self._waiting]).cumsum(0) - 1
+        lengths = [states.shape[1] for states in self._waiting]
         states = torch.cat(self._waiting, dim=1)
         self._waiting = []
-        return self._run(self._halves.late, self._late, inputs_embeds=states)[
-            :, ends.to(states.device)
-        ]
+        late = self._run(self._halves.late, self._late, inputs_embeds=states)
+        return torch.cat([part[:, -1:] for part in late.split(lengths, dim=1)], dim=1)
 
     def _run(self, half: nn.Module, cache: DynamicCache, **given: Tensor) -> Tensor:
         (sequence,) = given.values()
@@ -215,7 +216,8 @@ class Reading:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
         output: Any = half(
             **given,
-            attention_mask=mask,
+            # Given one, transformers has the host look for padding at every token.
+            attention_mask=mask if self._padded else None,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -251,7 +253,7 @@ def generate_early(
     query: Tensor | None,
     weight: float,
     lines: Sequence[Line],
-    note: Callable[[Tensor], None],
+    note: Callable[[Tensor], None] | None,
 ) -> None:
     """Generate greedily, until every line says that it is over.
 
@@ -262,7 +264,8 @@ def generate_early(
         query: what is asked. *Shape:* (B, Q).
         weight: of the memory in the mixture, the same for every token.
         lines: take the tokens.
-        note: takes the mixture's log-probabilities, token by token. *Shape:* (B, W).
+        note: takes the mixture's log-probabilities, token by token; None: nobody wants them.
+            *Shape:* (B, W).
     """
     memory, temperature = model.memory, model.config.memory_temperature
     view = None if query is None else query[:, None]
@@ -274,24 +277,29 @@ def generate_early(
     def last_mixture() -> Tensor:
         log_probs, states = torch.cat(waiting, 1), reading.rest()
         waiting.clear()
-        for part in range(0, states.shape[1], step := max(1, PIECE // len(lines))):
-            logits = head(states[:, part : part + step])
+        step = max(1, PIECE // len(lines))
+        wanted = slice(None) if note else slice(-1, None)
+        for part in range(0, states.shape[1], step)[wanted]:
+            logits = head(states[:, part : part + step])[:, wanted]
             base = logits.float().log_softmax(-1)
-            share = Share(log_probs[:, part : part + step], memory.corpus_tokens, own)
-            mixed = mixture(base, [share])
-            for position in range(mixed.shape[1]):
-                note(mixed[:, position])
+            ours = log_probs[:, part : part + step][:, wanted]
+            mixed = mixture(base, [Share(ours, memory.corpus_tokens, own)])
+            if note:
+                for position in range(mixed.shape[1]):
+                    note(mixed[:, position])
         return mixed[:, -1]
 
     while True:
         log_probs = memory.log_probs(reading.read(token_ids), view, temperature)  # (B, 1, V)
         waiting.append(log_probs)
-        if all(map(bool.__or__, over, decided(log_probs[:, 0], weight))):
-            chosen = memory.corpus_tokens[log_probs[:, 0].argmax(-1)]
-        else:
+        best = best_tokens(log_probs[:, 0], memory.corpus_tokens, weight)
+        tokens, decided = best.tolist()  # the host waits here, and for a token in doubt once more
+        chosen = best[0]
+        if not all(map(or_, over, decided)):
             chosen = last_mixture().argmax(-1)
+            tokens = chosen.tolist()
         ended = []
-        for number, (line, token) in enumerate(zip(lines, chosen.tolist(), strict=True)):
+        for number, (line, token) in enumerate(zip(lines, tokens, strict=True)):
             if not over[number] and line.take(token):
                 over[number] = True
                 ended.append(line)
@@ -304,11 +312,13 @@ def generate_early(
         token_ids = chosen[:, None]
 
 
-def decided(log_probs: Tensor, weight: float) -> list[bool]:
-    """Whether the memory's best token is the mixture's, whatever the base model says.
+def best_tokens(log_probs: Tensor, corpus_tokens: Tensor, weight: float) -> Tensor:
+    """The memory's best token, and 1 where it is the mixture's, whatever the base model says.
 
-    *Shapes:* the memory's log-probabilities (B, V) -> B truths.
+    *Shapes:* the memory's log-probabilities (B, V), corpus_tokens (V,) -> (2, B).
     """
-    best, second = log_probs.topk(min(2, log_probs.shape[-1])).values.exp().tensor_split([1], -1)
+    values, places = log_probs.topk(min(2, log_probs.shape[-1]))
+    best, second = values.exp().tensor_split([1], -1)
     lead = best.squeeze(-1) - second.sum(-1)
-    return [bool(truth) for truth in (weight * lead > 1 - weight).tolist()]
+    tokens = corpus_tokens[places[:, 0]]
+    return torch.stack([tokens, (weight * lead > 1 - weight).to(tokens.dtype)])

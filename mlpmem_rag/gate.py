@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,11 +45,26 @@ class Gate:
 
         *Shapes:* features (..., F), asked (...) or one for all -> (...).
         """
-        known, unknown = (
-            (features @ weights[:-1] + weights[-1]).sigmoid()
-            for weights in map(features.new_tensor, (self.asked, self.plain))
+        known, unknown = self._weights(features)
+        if isinstance(asked, bool):
+            return _opening(features, known if asked else unknown)
+        return torch.where(
+            asked.to(features.device), _opening(features, known), _opening(features, unknown)
         )
-        return torch.where(torch.as_tensor(asked, device=features.device), known, unknown)
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """Both weights, where and as the features are; made once. *Shape:* (2, F + 1)."""
+        if torch.compiler.is_compiling():  # a constant of the graph
+            return like.new_tensor((self.asked, self.plain))
+        kind = (like.device, like.dtype)
+        if kind not in self._made:
+            with torch.inference_mode(False):  # also for whoever asks for gradients later
+                self._made[kind] = like.new_tensor((self.asked, self.plain))
+        return self._made[kind]
+
+    @cached_property
+    def _made(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
     @property
     def constant_opening(self) -> float | None:
@@ -56,6 +72,11 @@ class Gate:
         if any(self.asked[:-1]):
             return None
         return float(torch.tensor(self.asked[-1]).sigmoid())
+
+
+def _opening(features: Tensor, weights: Tensor) -> Tensor:
+    """*Shapes:* (..., F), (F + 1,) -> (...)."""
+    return (features @ weights[:-1] + weights[-1]).sigmoid()
 
 
 def constant_weights(opening: float) -> tuple[float, ...]:

@@ -123,6 +123,7 @@ class Generation:
         self._times: list[float] = []
         self._finished: float | None = None
         self._ended = False
+        self._lambda: float | None = None
 
     @property
     def task(self) -> Task[Generation]:
@@ -138,7 +139,7 @@ class Generation:
 
     def begin(self) -> Prompt:
         """The turn has come. Returns the part of the prompt that there is room for."""
-        parts = self._parts()
+        parts, self._lambda = self._parts(), self.lambda_
         self._parts = lambda: parts  # the same to the end, whatever becomes of the memory
         prompt = self._prompt()
         # A question stands at the end: where there is no room, the oldest part goes.
@@ -147,6 +148,14 @@ class Generation:
         if self._cut_tokens:
             prompt = Prompt(prompt.token_ids[-self._room :])
         return prompt
+
+    @property
+    def lambda_(self) -> float:
+        """Mixing weight; from the beginning of its turn on always the same."""
+        if self._lambda is not None:
+            return self._lambda
+        own = self.decoding.lambda_
+        return self.parts.model.memory_lambda if own is None else own
 
     def record(self, recorder: Recorder, line: int) -> None:
         """From now on this is a line of a batch, whose distributions are recorded there."""
@@ -169,7 +178,7 @@ class Generation:
 
     def answer(self, text: str) -> Answer:
         """What was said so far, with its figures."""
-        times, lambda_ = self._times, self.decoding.lambda_
+        times = list(self._times)  # it may be growing
         return Answer(
             text=text,
             seconds=self._finished or (times[-1] if times else 0.0),
@@ -179,7 +188,7 @@ class Generation:
             confidence=self._confidence(len(times)),
             cut_tokens=self._cut_tokens,
             ended=self._ended,
-            lambda_=self.parts.model.memory_lambda if lambda_ is None else lambda_,
+            lambda_=self.lambda_,
         )
 
     def finish(self) -> None:
@@ -189,9 +198,8 @@ class Generation:
     @property
     def has_confidence(self) -> bool:
         """Fitted on greedy answers to questions, a confidence knows nothing of other texts."""
-        decoding = self.decoding
-        asks = self._question and decoding.lambda_ != 0
-        return self.parts.confidence is not None and asks and decoding.greedy
+        asks = self._question and self.lambda_ > 0
+        return self.parts.confidence is not None and asks and self.decoding.greedy
 
     def _confidence(self, new_tokens: int) -> float | None:
         confidence = self.parts.confidence
@@ -241,18 +249,14 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     if not begun:
         return
     first = begun[0][0]
-    parts, decoding = first.parts, first.decoding
+    parts, decoding, lambda_ = first.parts, first.decoding, first.lambda_
     model: Any = parts.model  # generate() is annotated for other classes
-    lambda_ = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
     mixes = lambda_ > 0
     query = parts.query_vectors([g.asked for g, _, _ in begun]) if mixes else None
-    recorder = Recorder(None if query is None else model.memory.familiarity(query))
+    recorder = _recorder([generation for generation, _, _ in begun], query)
     config = _config(parts, decoding)
     eos = set(config.eos_token_id or ())
-    writers = []
-    for line, (generation, listener, _) in enumerate(begun):
-        generation.record(recorder, line)
-        writers.append(Writer(generation, listener, eos))
+    writers = [Writer(generation, listener, eos) for generation, listener, _ in begun]
     prompts = [prompt for _, _, prompt in begun]
     # The base model alone reads all at once: in pieces its last bits would be others.
     opening = _shared_opening(prompts) if mixes and not _windowed(model, prompts) else []
@@ -268,18 +272,31 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         reading = Reading(parts.halves, cache, whole_mask)
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
         view = query.to(model.device) if query is not None and model.query_size else None
-        generate_early(model, reading, unread, view, weight, writers, recorder.note)
+        note = recorder.note if recorder else None
+        generate_early(model, reading, unread, view, weight, writers, note)
         return
+    noting = [recorder] if recorder else []
     model.generate(
         inputs=whole_ids,
         attention_mask=whole_mask,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([_EachToken(writers)]),
-        logits_processor=LogitsProcessorList([recorder, *decoding.choosers()]),
-        memory_lambda=decoding.lambda_,
+        logits_processor=LogitsProcessorList([*noting, *decoding.choosers()]),
+        memory_lambda=lambda_,
         query_vector=query,
         past_key_values=cache,
     )
+
+
+def _recorder(generations: Sequence[Generation], query: Tensor | None) -> Recorder | None:
+    """Of the lines of a batch, where one of them tells a confidence. *Shape:* (B, Q)."""
+    if not any(generation.has_confidence for generation in generations):
+        return None
+    memory = generations[0].parts.model.memory
+    recorder = Recorder(None if query is None else memory.familiarity(query))
+    for line, generation in enumerate(generations):
+        generation.record(recorder, line)
+    return recorder
 
 
 def _constant_weight(
@@ -336,11 +353,15 @@ class _EachToken(StoppingCriteria):
     def __init__(self, writers: Sequence[Writer]) -> None:
         self._writers = writers
         self._over = [False] * len(writers)
+        self._told: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ANN401
         tokens = input_ids[:, -1].tolist()
         for line, (writer, token) in enumerate(zip(self._writers, tokens, strict=True)):
             if not self._over[line] and writer.take(token):
                 self._over[line] = True
+                self._told = None
                 writer.end()
-        return torch.tensor(self._over, device=input_ids.device)
+        if self._told is None:  # anew only where it changes
+            self._told = torch.tensor(self._over, device=input_ids.device)
+        return self._told

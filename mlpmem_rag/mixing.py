@@ -79,7 +79,9 @@ def gated_weight(
 ) -> Tensor:
     """Lambda times the opening of the gate; shapes as in `mix`. *Shape:* () or (..., 1)."""
     if gate is None:
-        return torch.tensor(lambda_, dtype=torch.float64, device=base.device)
+        # In main memory, from where kernels take a number without a copy; graphs have it inside.
+        device = base.device if torch.compiler.is_compiling() else None
+        return torch.tensor(lambda_, dtype=torch.float64, device=device)
     features = gate_features(memory_log_probs, base, corpus_tokens)
     return (lambda_ * gate.opening(features, asked=asked))[..., None]
 

@@ -17,6 +17,7 @@ from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.confidence import Confidence, Trace
+from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.memory import Memory, MemoryConfig
@@ -185,6 +186,38 @@ def test_without_vectors_no_request_is_known(llama: Setup) -> None:
     none = answer_batch(model, tokenizer, QUESTIONS, None)
     zero = answer_batch(model, tokenizer, QUESTIONS, np.zeros_like(llama.vectors))
     assert none == zero
+
+
+def test_distributions_are_noted_only_for_a_confidence(
+    llama: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[torch.Tensor] = []
+    monkeypatch.setattr(answering.Recorder, "note", lambda _, scores: noted.append(scores))
+    model, tokenizer, encoder = llama.memory.model, llama.memory.tokenizer, llama.memory.encoder
+    untold = MemoryModel(model, tokenizer, encoder)
+    assert untold.answer(QUESTIONS[0], max_new_tokens=3).confidence is None
+    assert llama.memory.answer(QUESTIONS[0], max_new_tokens=3, lambda_=0.0).confidence is None
+    for _ in llama.memory.continue_text(QUESTIONS[0], Decoding(max_new_tokens=3)):
+        pass
+    assert not noted
+    answer = llama.memory.answer(QUESTIONS[0], max_new_tokens=3)
+    assert len(noted) == answer.new_tokens
+
+
+def test_the_weight_of_an_answer_is_that_of_its_beginning(llama: Setup) -> None:
+    """Whatever is set while it is generated; and at 0 the memory has no confidence to tell."""
+    memory = llama.memory
+    expected = memory.answer(QUESTIONS[0], max_new_tokens=6)
+    stream = memory.stream(QUESTIONS[0], max_new_tokens=6)
+    try:
+        for _ in stream:
+            memory.model.memory_lambda = 0.0
+        assert (stream.answer.text, stream.answer.lambda_) == (expected.text, 0.9)
+        assert stream.answer.confidence == expected.confidence
+        alone = memory.answer(QUESTIONS[0], max_new_tokens=6)
+        assert (alone.lambda_, alone.confidence) == (0.0, None)
+    finally:
+        memory.model.memory_lambda = 0.9
 
 
 def test_no_questions_have_no_answers(llama: Setup) -> None:

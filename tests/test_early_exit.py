@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import decoder_layers, load_backbone
 from mlpmem_rag.confidence import NUM_FEATURES, Confidence
 from mlpmem_rag.decoding import Decoding
-from mlpmem_rag.early_exit import Halves, Reading, decided
+from mlpmem_rag.early_exit import Halves, Reading, best_tokens
 from mlpmem_rag.gate import NUM_FEATURES as GATE_FEATURES
 from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.generation import Answer
@@ -296,7 +296,10 @@ def test_the_state_is_what_the_memory_is_taught_with(memory: MemoryModel) -> Non
 def test_when_the_memory_decides(
     probabilities: tuple[float, ...], weight: float, truth: bool
 ) -> None:
-    assert decided(torch.tensor([probabilities]).log(), weight) == [truth]
+    log_probs = torch.tensor([probabilities, probabilities[::-1]]).log()
+    tokens, decided = best_tokens(log_probs, torch.arange(7, 10), weight).tolist()
+    assert decided == [truth, truth]
+    assert probabilities[0] == probabilities[-1] or tokens == [7, 6 + len(probabilities)]
 
 
 def test_what_is_decided_no_base_model_changes_and_what_is_not_one_does() -> None:
@@ -314,7 +317,8 @@ def test_what_is_decided_no_base_model_changes_and_what_is_not_one_does() -> Non
             for token, base in enumerate(adverse)
             if token != best
         ]
-        (sure,) = decided(memory, weight)
+        (token,), (sure,) = best_tokens(memory, corpus_tokens, weight).tolist()
+        assert token == best
         assert sure == all(token == best for token in tokens)
         seen.add(sure)
     assert seen == {True, False}
@@ -488,6 +492,46 @@ def test_distributions_of_a_long_answer_do_not_all_exist_at_once(
     early, late = (m.answer(QUESTIONS[0], max_new_tokens=20) for m in (memory, plainly(memory)))
     assert 0 < max(sizes) <= 4
     assert early.confidence == pytest.approx(late.confidence, rel=1e-4)
+
+
+def test_where_nobody_asks_for_a_confidence_one_distribution_is_enough(
+    memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counting(base: Tensor, shares: Sequence[Share]) -> Tensor:
+        sizes.append(base.shape[1])
+        return mixture(base, shares)
+
+    expected = memory.answer(QUESTIONS[0], max_new_tokens=20)
+    monkeypatch.setattr(early_exit, "mixture", counting)
+    monkeypatch.setattr(early_exit, "PIECE", 4)
+    untold = MemoryModel(memory.model, memory.tokenizer)
+    answer = untold.answer(QUESTIONS[0], max_new_tokens=20)
+    assert (answer.text, answer.new_tokens) == (expected.text, expected.new_tokens)
+    assert set(sizes) <= {1}
+    assert len(sizes) < answer.new_tokens
+
+
+def test_for_a_token_that_is_decided_the_host_waits_once(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = memory_on(tiny_folder, temperature=1e-4)  # no token is in doubt
+    untold = MemoryModel(memory.model, memory.tokenizer)
+    untold.answer(QUESTIONS[0], max_new_tokens=4)
+    looks: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "numpy"):
+
+        def look(plain: Callable[[Tensor], object], tensor: Tensor) -> object:
+            looks.append(plain.__name__)
+            return plain(tensor)
+
+        monkeypatch.setattr(Tensor, name, partialmethod(partial(look, getattr(Tensor, name))))
+    short = untold.answer(QUESTIONS[0], max_new_tokens=4).new_tokens
+    few = len(looks)
+    long = untold.answer(QUESTIONS[0], max_new_tokens=12).new_tokens
+    assert long > short
+    assert len(looks) - few == few + long - short
 
 
 @pytest.mark.parametrize("mark", [None, "e"])

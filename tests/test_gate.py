@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlpmem_rag.gate import NUM_FEATURES, Gate, fit_gate, gate_features
 
@@ -55,6 +57,43 @@ def test_its_opening_by_hand() -> None:
     for asked, odds in ((True, (-1.25, 0.25)), (False, (-2.0, -3.0))):
         expected = torch.tensor([1 / (1 + math.exp(-o)) for o in odds])
         torch.testing.assert_close(gate.opening(features, asked=asked), expected)
+
+
+class Made(TorchDispatchMode):
+    """Notes tensors that are made from numbers."""
+
+    def __init__(self, noted: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.noted = noted
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: object,
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        if func is torch.ops.aten.lift_fresh.default:
+            self.noted += args
+        return func(*args, **(kwargs or {}))
+
+
+def test_its_weights_are_made_once_and_serve_gradients_too() -> None:
+    gate = Gate(asked=(1.0, -2.0, 0.5, 0.0, 3.0, 0.25), plain=(0.0, 0.5, 0.0, 0.0, 0.0, -3.0))
+    features, asks = torch.randn(3, NUM_FEATURES), torch.tensor([True, False, True])
+    made: list[Tensor] = []
+    with torch.inference_mode(), Made(made):
+        first = gate.opening(features, asked=asks)
+        assert len(made) == 1
+        assert torch.equal(first, gate.opening(features, asked=asks))
+        assert torch.equal(first[1:2], gate.opening(features[1:2], asked=False))
+        assert len(made) == 1
+    features.requires_grad_()
+    gate.opening(features, asked=True).sum().backward()
+    assert features.grad is not None
+    doubled = gate.opening(features.double(), asked=asks)
+    torch.testing.assert_close(doubled.float(), first)
+    assert gate == Gate(gate.asked, gate.plain)
 
 
 @pytest.mark.parametrize("count", [0, NUM_FEATURES, NUM_FEATURES + 2])

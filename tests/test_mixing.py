@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.gate import Gate
-from mlpmem_rag.mixing import best_lambda, check_lambda, mix, mixture_nll
+from mlpmem_rag.mixing import best_lambda, check_lambda, gated_weight, mix, mixture_nll
 
 CORPUS_TOKENS = torch.tensor([2, 3, 5, 8])
 GATE = Gate(asked=(0.9, -0.4, -0.7, 0.3, 0.2, 0.5), plain=(0.1, 0.6, -0.2, -0.3, 0.4, -1.0))
@@ -39,6 +39,16 @@ def test_mixture_equals_the_dense_one(lambda_: float) -> None:
 def test_lambda_zero_returns_the_very_logits() -> None:
     base = logits(10, 0).bfloat16()
     assert mix(base, logits(4, 1).log_softmax(-1), CORPUS_TOKENS, 0.0) is base
+
+
+def test_a_weight_that_is_a_number_is_not_copied_to_the_device() -> None:
+    """With a device that cannot compute, which is one that all machines have."""
+    base, memory = logits(10, 0).to("meta"), logits(4, 1).to("meta")
+    tokens = CORPUS_TOKENS.to("meta")
+    weight = gated_weight(base, memory, tokens, 0.3, None, asked=False)
+    assert (weight.device.type, float(weight)) == ("cpu", 0.3)
+    mixed = mix(base, memory, tokens, 0.3)
+    assert (mixed.device.type, mixed.dtype, mixed.shape) == ("meta", torch.float32, base.shape)
 
 
 def test_lambda_one_is_the_memory_alone() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.generation import Answer, generate_together
+from mlpmem_rag.generation import Answer, _EachToken, generate_together
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.turns import Listener
 from tests.conftest import save_model
@@ -189,6 +189,27 @@ def test_a_prompt_that_cannot_be_made_fails_alone(memory: MemoryModel, passes: P
     assert "not allowed" in texts[1]
     expected = [alone(memory, question, decoding).text for question in QUESTIONS[:2]]
     assert [texts[0], texts[2]] == expected
+
+
+def test_transformers_is_told_anew_only_when_a_line_ends() -> None:
+    class Counted:
+        def __init__(self, tokens: int) -> None:
+            self.left = tokens
+
+        def take(self, _: int) -> bool:
+            self.left -= 1
+            return self.left == 0
+
+        def end(self) -> None:
+            assert self.left == 0
+
+    writers: Any = [Counted(4), Counted(2)]
+    each = _EachToken(writers)
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    told: list[Any] = [each(ids, ids) for _ in range(4)]
+    over = [[False, False], [False, True], [False, True], [True, True]]
+    assert [told.tolist() for told in told] == over
+    assert [told[0] is told[1], told[1] is told[2], told[2] is told[3]] == [False, True, False]
 
 
 def test_a_batch_of_none_is_refused() -> None:
