@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,11 @@ def test_values_of_another_kind_are_refused(
 
 
 def test_numbers_may_be_numpys(llm: MLPMemLLM) -> None:
-    given = {"max_tokens": np.int64(3), "lambda_": np.float32(0.5), "seed": np.int32(1)}
+    given: dict[str, Any] = {
+        "max_tokens": np.int64(3),
+        "lambda_": np.float32(0.5),
+        "seed": np.int32(1),
+    }
     expected = llm.complete(QUESTION, max_tokens=3, lambda_=0.5, seed=1)
     assert llm.complete(QUESTION, **given).text == expected.text
 
@@ -247,7 +252,12 @@ def test_what_stands_around_a_prompt_is_no_question(
     chat_model: MemoryModel, field: dict[str, Any]
 ) -> None:
     llm = MLPMemLLM.from_model(chat_model, max_new_tokens=4, **field)
-    for ask in (lambda: llm.complete(" "), lambda: llm.chat([]), lambda: llm.chat([ChatMessage()])):
+    asks: list[Callable[[], object]] = [
+        lambda: llm.complete(" "),
+        lambda: llm.chat([]),
+        lambda: llm.chat([ChatMessage()]),
+    ]
+    for ask in asks:
         with pytest.raises(ConfigError, match="the question is empty"):
             ask()
 

@@ -133,9 +133,7 @@ TEMPLATE = PromptTemplate("Who found {what} in the old mill?")
 WAYS: dict[str, Callable[[MLPMemLLM], object]] = {
     "whole": lambda llm: llm.structured_predict(Find, TEMPLATE, what="wild honey"),
     "stream": lambda llm: list(llm.stream_structured_predict(Find, TEMPLATE, what="wild honey")),
-    "a whole": lambda llm: asyncio.run(
-        llm.astructured_predict(Find, TEMPLATE, what="wild honey")  # type: ignore[arg-type]
-    ),
+    "a whole": lambda llm: asyncio.run(llm.astructured_predict(Find, TEMPLATE, what="wild honey")),
     "a stream": lambda llm: asyncio.run(
         last(llm.astream_structured_predict(Find, TEMPLATE, what="wild honey"))
     ),
