@@ -6,18 +6,22 @@ asked. All prompts begin alike, and that beginning runs through the base model o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from mlpmem_rag.backbone import Backbone
-from mlpmem_rag.datastore import to_float16
+from mlpmem_rag.backbone import Backbone, Prefix
+from mlpmem_rag.behind import behind
+from mlpmem_rag.datastore import finite, on_host
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import QueryEncoder, Vectors, encoded
@@ -75,60 +79,50 @@ def study_rows(
     questions: Sequence[Question],
     *,
     folder: Path | None = None,
+    team: Team = ALONE,
     on_progress: OnProgress = ignore_progress,
 ) -> StudyRows:
     """Ask the base model every question and note its states along the right answer.
 
     A question too long for the context window is left without rows. With a folder, keys are written
-    to a file there as they come and mapped from it, so that memory does not grow with them.
+    to a file there as they come and mapped from it, so that memory does not grow with them. The
+    processes of a team need one: they take batches by turns and write into the same file, which
+    is that of one process.
 
     Raises:
-        ConfigError: there are no questions.
+        ConfigError: there are no questions, or there is no folder for a team.
         BaseModelError: a hidden state does not fit into float16.
     """
+    if folder is None and team.count > 1:
+        raise ConfigError("several processes study together in a folder; give one")
     if not questions:
         raise ConfigError("there are no questions to study; write some, or give a larger corpus")
-    tokenizer = backbone.tokenizer
-    prompts = [
-        np.array(prompt_ids(tokenizer, [{"role": "user", "content": q.text}]), dtype=np.int32)
-        for q in questions
-    ]
-    answers = [np.array(answer_ids(tokenizer, q.answer), dtype=np.int32) for q in questions]
-    shared = _common_beginning(prompts)[: min(map(len, prompts)) - 1]
-    prefix = backbone.prefix(shared) if shared else None
-    # What runs for each question: the rest of the prompt, and the answer without its last token.
-    inputs = [
-        np.concatenate([p, a])[len(shared) : -1] for p, a in zip(prompts, answers, strict=True)
-    ]
-    del prompts
-    room = backbone.context_window - len(shared)
-    order = [number for number in range(len(inputs)) if len(inputs[number]) <= room]
-    counts = [len(answers[number]) for number in order]
-    ends = dict(zip(order, np.cumsum(counts).tolist(), strict=True))
-    keys = _place(folder, (sum(counts), backbone.hidden_size))
-    done = 0
-    for batch in _batches(inputs, room):
-        token_ids = torch.zeros(len(batch), len(inputs[batch[0]]), dtype=torch.long)
-        for line, number in enumerate(batch):
-            token_ids[line, : len(inputs[number])] = torch.from_numpy(inputs[number])
-        token_ids = token_ids.to(backbone.device)
-        hidden = (
-            backbone.hidden(token_ids, torch.ones_like(token_ids))
-            if prefix is None
-            else backbone.hidden_after(prefix, token_ids)
-        )
-        for line, number in enumerate(batch):
-            end = len(inputs[number])
-            length = len(answers[number])
-            states = to_float16(hidden[line, end - length : end])
-            keys[ends[number] - length : ends[number]] = states
-        done += len(batch)
-        on_progress(ProgressEvent("study", done, len(questions), "questions"))
+    runs = _runs(backbone, questions)
+    room = backbone.context_window - (runs.prefix.length if runs.prefix else 0)
+    order = [number for number in range(len(questions)) if len(runs.inputs[number]) <= room]
+    counts = [len(runs.answers[number]) for number in order]
+    firsts = dict(zip(order, (np.cumsum(counts) - counts).tolist(), strict=True))
+    keys = _place(folder, (sum(counts), backbone.hidden_size), team)
+
+    def write(batch: list[int], arriving: Callable[[], Tensor]) -> int:
+        states = finite(arriving().numpy())
+        lengths = [len(runs.answers[number]) for number in batch]
+        for number, rows in zip(batch, np.split(states, np.cumsum(lengths)[:-1]), strict=True):
+            keys[firsts[number] : firsts[number] + len(rows)] = rows
+        return len(batch)
+
+    mine = _batches(runs.inputs, room)[team.index :: team.count]
+    done, total = 0, sum(map(len, mine))
+    jobs = (partial(write, batch, on_host(runs.states(backbone, batch))) for batch in mine)
+    for written in behind(jobs):
+        done += written
+        on_progress(ProgressEvent("study", done, total, "questions"))
+    team.wait()  # now the rows of all are there
     distinct = list(dict.fromkeys(question.source for question in questions))
     number_of = {source: number for number, source in enumerate(distinct)}
     return StudyRows(
         keys=keys,
-        next_tokens=np.concatenate([answers[number] for number in order]),
+        next_tokens=np.concatenate([runs.answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
         query_vectors=encoded(encoder, [question.text for question in questions]),
         source_vectors=encoded(encoder, distinct),
@@ -136,11 +130,62 @@ def study_rows(
     )
 
 
-def _place(folder: Path | None, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
-    """Where keys are written: a file, or memory."""
+@dataclass(frozen=True)
+class _Runs:
+    """What the base model reads for each question.
+
+    Attributes:
+        prefix: what all prompts begin with; None: nothing.
+        inputs: the rest of the prompt, and the answer without its last token.
+        answers: the answer.
+    """
+
+    prefix: Prefix | None
+    inputs: list[TokenArray]
+    answers: list[TokenArray]
+
+    def states(self, backbone: Backbone, batch: Sequence[int]) -> Tensor:
+        """Before each token of the answers, question after question. *Shape:* B -> (R, D)."""
+        lengths = [len(self.inputs[number]) for number in batch]
+        token_ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+        for line, number in enumerate(batch):
+            token_ids[line, : lengths[line]] = torch.from_numpy(self.inputs[number])
+        token_ids = token_ids.to(backbone.device)
+        hidden = (
+            backbone.hidden(token_ids, torch.ones_like(token_ids))
+            if self.prefix is None
+            else backbone.hidden_after(self.prefix, token_ids)
+        )
+        counts = [len(self.answers[number]) for number in batch]
+        ends = zip(hidden, lengths, counts, strict=True)
+        return torch.cat([states[end - count : end] for states, end, count in ends])
+
+
+def _runs(backbone: Backbone, questions: Sequence[Question]) -> _Runs:
+    tokenizer = backbone.tokenizer
+    prompts = [
+        np.array(prompt_ids(tokenizer, [{"role": "user", "content": q.text}]), dtype=np.int32)
+        for q in questions
+    ]
+    answers = [np.array(answer_ids(tokenizer, q.answer), dtype=np.int32) for q in questions]
+    shared = _common_beginning(prompts)[: min(map(len, prompts)) - 1]
+    inputs = [
+        np.concatenate([p, a])[len(shared) : -1] for p, a in zip(prompts, answers, strict=True)
+    ]
+    return _Runs(backbone.prefix(shared) if shared else None, inputs, answers)
+
+
+def _place(folder: Path | None, shape: tuple[int, int], team: Team) -> npt.NDArray[np.float16]:
+    """Where keys are written: a file, which the first of a team makes for all, or memory."""
     if folder is None:
         return np.empty(shape, dtype=np.float16)
-    return allocate_array(folder / "keys.npy", np.float16, shape)
+    path = folder / "keys.npy"
+    if team.first:
+        keys: npt.NDArray[np.float16] = allocate_array(path, np.float16, shape)
+    team.wait()
+    if not team.first:
+        keys = np.load(path, mmap_mode="r+")
+    return keys
 
 
 def _common_beginning(sequences: Sequence[TokenArray]) -> list[int]:

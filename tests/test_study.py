@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from mlpmem_rag.backbone import Backbone, load_backbone
-from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.errors import BaseModelError, ConfigError
+from mlpmem_rag.processes import Team
 from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import PooledEncoder, Vectors
@@ -93,9 +95,58 @@ def test_rows_in_a_file_are_those_in_memory(tmp_path: Path, tiny_backbone: Backb
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_progress_counts_questions(tiny_backbone: Backbone) -> None:
+def test_a_team_writes_the_file_of_one_process(
+    tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpmem_rag.study.BATCH_TOKENS", 1)  # one question a batch
+    monkeypatch.setattr(Team, "wait", lambda _: None)
+    expected = study_rows(tiny_backbone, CountingEncoder(), QUESTIONS)
     events: list[ProgressEvent] = []
-    study_rows(tiny_backbone, CountingEncoder(), QUESTIONS, on_progress=events.append)
+    for index in range(2):
+        found = study_rows(
+            tiny_backbone,
+            CountingEncoder(),
+            QUESTIONS,
+            folder=tmp_path,
+            team=Team(index, 2),
+            on_progress=events.append,
+        )
+        done = np.asarray(found.keys).any(1)
+        assert done.all() == bool(index), "the first leaves rows to the second"
+    assert [(event.done, event.total) for event in events] == [(1, 2), (2, 2), (1, 1)]
+    for field in fields(StudyRows):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+    with pytest.raises(ConfigError, match="in a folder; give one"):
+        study_rows(tiny_backbone, CountingEncoder(), QUESTIONS, team=Team(0, 2))
+
+
+@pytest.mark.parametrize("where", ["answer", "padding"])
+def test_a_state_too_large_for_float16_is_refused_where_it_is_kept(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    plain = Backbone.hidden_after
+
+    def large(backbone: Backbone, *given: Any) -> torch.Tensor:  # noqa: ANN401
+        with torch.inference_mode():
+            hidden = plain(backbone, *given).clone()
+            if where == "answer":
+                hidden[0, -1] = 1e6
+            else:  # the shortest question stands last
+                hidden[-1, -1] = 1e6
+        return hidden
+
+    monkeypatch.setattr(Backbone, "hidden_after", large)
+    if where == "answer":
+        with pytest.raises(BaseModelError, match="does not fit into float16"):
+            study_rows(tiny_backbone, CountingEncoder(), QUESTIONS)
+    else:
+        assert np.isfinite(study_rows(tiny_backbone, CountingEncoder(), QUESTIONS).keys).all()
+
+
+def test_progress_counts_questions_that_have_rows(tiny_backbone: Backbone) -> None:
+    events: list[ProgressEvent] = []
+    asked = [*QUESTIONS, Question("ledger " * 400, "a clerk", "s", "a")]
+    study_rows(tiny_backbone, CountingEncoder(), asked, on_progress=events.append)
     assert events[-1] == ProgressEvent("study", 3, 3, "questions")
 
 
