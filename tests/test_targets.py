@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmem_rag import targets as module
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.index import CPU
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.targets import (
@@ -25,10 +28,18 @@ from mlpmem_rag.targets import (
     derive_tau,
     teacher_probability,
     vote,
+    vote_on,
 )
 
 Make = Callable[..., Datastore]
 Tokens = npt.NDArray[np.int32]
+Weights = npt.NDArray[np.float32]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    ),
+]
 NO_ROW = np.inf
 
 
@@ -108,6 +119,7 @@ def test_batches_are_told_stored_and_counted_once(
         return vote(tokens, *rest)
 
     monkeypatch.setattr(module, "vote", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     folder = tmp_path / "new" / "targets"
     targets = build_targets(
         neighbors, next_tokens, folder, tau=3.0, max_tokens=3, on_progress=events.append
@@ -141,9 +153,12 @@ VOTES = st.integers(1, 8).flatmap(
 )
 
 
+@pytest.mark.parametrize("vote", [vote, partial(vote_on, CPU)], ids=["numpy", "torch"])
 @given(rows=VOTES, max_tokens=st.integers(1, 8))
 def test_vote_equals_counting_in_a_dictionary(
-    rows: list[list[tuple[int, float]]], max_tokens: int
+    vote: Callable[..., tuple[Tokens, Weights]],
+    rows: list[list[tuple[int, float]]],
+    max_tokens: int,
 ) -> None:
     tokens = np.array([[token for token, _ in row] for row in rows], dtype=np.int32)
     weights = np.array([[weight for _, weight in row] for row in rows], dtype=np.float32)
@@ -156,6 +171,87 @@ def test_vote_equals_counting_in_a_dictionary(
         best = sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:max_tokens]
         empty = [(-1, 0.0)] * (max_tokens - len(best))
         assert list(zip(names, sums, strict=True)) == best + empty
+
+
+def sorted_by_several_keys(
+    tokens: Tokens, weights: Weights, max_tokens: int
+) -> tuple[Tokens, Weights]:
+    """The plain way to what `vote` gives, sums in the order of the neighbours."""
+    num_rows, k = tokens.shape
+    order = np.argsort(tokens, axis=1, kind="stable")
+    tokens = np.take_along_axis(tokens, order, 1)
+    new = np.diff(tokens, axis=1, prepend=-2) != 0
+    starts = np.flatnonzero(new)
+    sums = np.add.reduceat(np.take_along_axis(weights, order, 1).reshape(-1), starts)
+    rows, names = starts // k, tokens.reshape(-1)[starts]
+    sums[names < 0] = 0.0
+    out = np.full((num_rows, max_tokens), -1, np.int32), np.zeros((num_rows, max_tokens), "f4")
+    for row in range(num_rows):
+        here = rows == row
+        best = np.lexsort((names[here], -sums[here]))[:max_tokens]
+        best = best[sums[here][best] > module.MIN_PROBABILITY]
+        out[0][row, : len(best)], out[1][row, : len(best)] = names[here][best], sums[here][best]
+    return out
+
+
+def many_votes(vocabulary: int) -> tuple[Tokens, Weights]:
+    """Of 1,024 neighbours, some missing, with weights of all sizes."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(vocabulary, size=(40, 1024)).astype(np.int32)
+    weights = rng.exponential(size=tokens.shape) ** 6
+    tokens[::3, 900:], weights[::3, 900:] = -1, 0
+    weights[1] = 1.0  # many ties
+    return tokens, (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 700, 2**31 - 1])
+def test_votes_are_those_of_sorting_by_several_keys(vocabulary: int) -> None:
+    tokens, weights = many_votes(vocabulary)
+    expected = sorted_by_several_keys(tokens, weights, 128)
+    for mine, theirs in zip(vote(tokens, weights, 128), expected, strict=True):
+        assert mine.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_votes_by_torch_are_those_of_numpy(device: str) -> None:
+    tokens, weights = many_votes(90)
+    names, sums = vote_on(torch.device(device), tokens, weights, 100)
+    expected_names, expected = vote(tokens, weights, 100)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    # Tokens whose sums differ in the last digit alone may change places.
+    for row, other in zip(names.tolist(), expected_names.tolist(), strict=True):
+        assert set(row) == set(other)
+    assert np.mean(names == expected_names) > 0.99
+    assert (sums.dtype, names.dtype) == (np.float32, np.int32)
+
+
+def test_several_threads_write_what_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neighbors, next_tokens = made_up()
+    written = []
+    for threads in (1, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        folder = tmp_path / str(threads)
+        build_targets(neighbors, next_tokens, folder, tau=3.0, max_tokens=3)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1]
+
+
+def test_on_a_gpu_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def on_cpu(device: torch.device, *given: Any) -> tuple[Tokens, Weights]:  # noqa: ANN401
+        asked.append(device)
+        return vote_on(CPU, *given)
+
+    monkeypatch.setattr(module, "vote_on", on_cpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    there, given = torch.device("cuda:1"), made_up()
+    found = build_targets(*given, tmp_path / "there", tau=3.0, device=there)
+    expected = build_targets(*given, tmp_path / "here", tau=3.0)
+    assert asked == [there]
+    np.testing.assert_allclose(as_dense(found, 9), as_dense(expected, 9), atol=1e-3)
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, np.nan, np.inf])
