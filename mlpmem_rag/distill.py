@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,8 +134,8 @@ def distill(
     while epoch < last_epoch and epoch - report.best_epoch < config.patience:
         started = time.perf_counter()
         losses = []
-        for loss in _train_epoch(memory, lesson, train_rows, optimizer, config, epoch, folder):
-            losses.append(loss)
+        for step, loss in _train_epoch(memory, lesson, train_rows, optimizer, config, epoch):
+            losses.append(_finite(loss(), step, folder))
             done = epoch * len(train_rows) + min(len(losses) * config.batch_rows, len(train_rows))
             on_progress(ProgressEvent(stage, done, total, "rows"))
         epoch += 1
@@ -163,24 +164,46 @@ def _train_epoch(
     optimizer: torch.optim.AdamW,
     config: DistillConfig,
     epoch: int,
-    folder: Path,
-) -> Iterator[float]:
-    """One pass over the rows; yields the loss of each step."""
+) -> Iterator[tuple[int, Callable[[], float]]]:
+    """One pass over the rows; yields each step with its loss.
+
+    A step is yielded when the next one is queued behind it, so that a GPU has work while the host
+    waits for a loss.
+    """
     memory.train()
     device = memory.corpus_tokens.device
     generator = torch.Generator(device).manual_seed(config.seed * 100_003 + epoch)
     steps = math.ceil(len(train_rows) / config.batch_rows)
+    queued: deque[tuple[int, Callable[[], float]]] = deque()
     for number, rows in enumerate(_shuffled(train_rows, config, epoch)):
         loss = lesson.loss(memory, rows, generator)
         step = epoch * steps + number
-        value = _finite(loss, step, folder)
+        queued.append((step, _arriving(loss)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(memory.parameters(), config.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps * config.epochs, config)
         optimizer.step()
-        yield value
+        if len(queued) > 1:
+            yield queued.popleft()
+    yield from queued
+
+
+def _arriving(loss: Tensor) -> Callable[[], float]:
+    """Queue a copy to main memory; what is returned waits for it and gives it. *Shape:* ()."""
+    value = loss.detach()
+    if value.device.type != "cuda":
+        return value.item
+    copy = value.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(value.device))
+
+    def arrived() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return arrived
 
 
 def _shuffled(rows: Rows, config: DistillConfig, epoch: int) -> Iterator[Rows]:
@@ -198,11 +221,10 @@ def learning_rate_at(step: int, steps: int, config: DistillConfig) -> float:
     return config.learning_rate * min(1.0, rising, falling)
 
 
-def _finite(loss: Tensor, step: int, folder: Path) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise _diverged(f"the loss became {value} at step {step}", folder)
-    return value
+def _finite(loss: float, step: int, folder: Path) -> float:
+    if not math.isfinite(loss):
+        raise _diverged(f"the loss became {loss} at step {step}", folder)
+    return loss
 
 
 def _finite_validation(loss: float, epoch: int, folder: Path) -> float:

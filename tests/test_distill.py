@@ -356,6 +356,29 @@ def test_what_is_not_finite_ends_training_with_the_epoch_before_it_kept(
     assert equal(memory, whole), "once the cause is gone it goes on as if nothing had happened"
 
 
+def test_the_next_step_is_made_before_a_loss_is_waited_for(tmp_path: Path, task: Task) -> None:
+    memory, made = task.memory(), list[int]()
+    lesson = task.lesson(memory)
+
+    class Counting:
+        def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
+            made.append(len(rows))
+            return lesson.loss(memory, rows, generator)
+
+    seen: list[tuple[int, int]] = []
+    distill(
+        memory,
+        Counting(),
+        TRAIN,
+        DistillConfig(epochs=2, batch_rows=60),
+        tmp_path,
+        validate=None,
+        on_progress=lambda event: seen.append((event.done // 60, len(made))),
+    )
+    # After a step's loss, the number of steps made; an epoch ends with all of them.
+    assert seen[1:-1] == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 7), (7, 8), (8, 8)]
+
+
 def test_a_validation_loss_that_is_not_finite_is_no_best_one(tmp_path: Path, task: Task) -> None:
     memory = task.memory()
     config = DistillConfig(epochs=2, batch_rows=60)
