@@ -126,8 +126,12 @@ class Turns:
                 yield piece
         finally:
             job.cancel()
-        if piece.error is not None:
-            raise piece.error
+        error, piece = piece.error, ""
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # a frame that holds its own error keeps all that had failed in memory
 
     async def apieces(self, task: Task[Any]) -> AsyncGenerator[str, None]:
         """Like `pieces`, for asyncio."""
@@ -143,8 +147,12 @@ class Turns:
                 yield piece
         finally:
             job.cancel()
-        if piece.error is not None:
-            raise piece.error
+        error, piece = piece.error, ""
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # a frame that holds its own error keeps all that had failed in memory
 
 
 def _closed() -> ClosedError:
@@ -186,15 +194,12 @@ class _Job:
         if not self._leave():
             return  # done in the turn of an earlier one
         jobs = [self, *self._companions()]
-        error: BaseException | None = None
         try:
             self.task.run([job.task.item for job in jobs], [job.listener for job in jobs])
-        except BaseException as raised:
-            error = raised
-        finally:
-            release_threads()  # until the next turn, others compute
-        for job in jobs:
-            job.listener.end(error)
+        except BaseException as error:
+            _end(jobs, error)
+        else:
+            _end(jobs)
 
     def _companions(self) -> list[_Job]:
         """Those who wait, too, and can share this turn; they wait no longer."""
@@ -211,3 +216,9 @@ class _Job:
         except ValueError:
             return False
         return True
+
+
+def _end(jobs: Sequence[_Job], error: BaseException | None = None) -> None:
+    release_threads()  # until the next turn, others compute
+    for job in jobs:
+        job.listener.end(error)

@@ -6,8 +6,9 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
@@ -69,6 +70,38 @@ def test_an_error_reaches_the_reader_after_what_came_before_it() -> None:
         asyncio.run(listed(turns, alone(failing)))
     assert seen == ["one"]
     assert list(turns.pieces(alone(counting(1)))) == ["0"]
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_an_error_that_is_forgotten_frees_what_had_failed() -> None:
+    """At once: on a full device the next request needs the room."""
+
+    class Large:
+        pass
+
+    turns, large = Turns(), list[weakref.ref[Large]]()
+
+    def work(give: Callable[[str], None], stop: threading.Event) -> None:
+        held = Large()
+        large.append(weakref.ref(held))
+        raise RuntimeError("out of memory")
+
+    async def forgiving() -> None:
+        with suppress(RuntimeError):
+            await listed(turns, alone(work))
+
+    with suppress(RuntimeError):
+        list(turns.pieces(alone(work)))
+    asyncio.run(forgiving())
+    assert list(turns.pieces(alone(counting(1)))) == ["0"]  # the thread is done with both
+    assert [held() for held in large] == [None, None]
 
 
 def test_a_reader_who_leaves_stops_the_work() -> None:
