@@ -38,14 +38,23 @@ class _Part:
     def __init__(self, lesson: Lesson, team: Team) -> None:
         self._lesson = lesson
         self._team = team
+        self._numbers: torch.Generator | None = None
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:
         """Mean loss of all rows. *Shape:* (R,) -> ()."""
+        generator = self._own_numbers(generator)
         own = rows[self._team.index :: self._team.count]
         if not len(own):  # fewer rows than processes: no share in the loss, a place in the mean
             return _meaned(0.0 * self._lesson.loss(memory, rows[:1], generator))
         share = len(own) * self._team.count / len(rows)
         return _meaned(share * self._lesson.loss(memory, own, generator))
+
+    def _own_numbers(self, shared: torch.Generator) -> torch.Generator:
+        """Of this process: drawn from one seed, the noise on all their rows would be alike."""
+        seed = self._team.count * shared.initial_seed() + self._team.index
+        if self._numbers is None or self._numbers.initial_seed() != seed:  # another epoch
+            self._numbers = torch.Generator(shared.device).manual_seed(seed)
+        return self._numbers
 
 
 def _average(parameter: Tensor) -> None:

@@ -9,18 +9,23 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlpmem_rag.artifact import load_manifest, verify_files
+from mlpmem_rag.artifact import WORK, load_manifest, verify_files
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.datastore import build_datastore, length_buckets
+from mlpmem_rag.distill import Rows
 from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.processes import ALONE, Team, join_team
 from mlpmem_rag.progress import ProgressEvent
+from mlpmem_rag.shared_lesson import _Part
 from mlpmem_rag.windows import make_windows, tokenize
 from tests.workers import team as worker
 
@@ -35,6 +40,7 @@ def together(
     out = tmp_path_factory.mktemp("together")
     texts = out / "texts.json"
     texts.write_text(json.dumps([asdict(document) for document in tiny_documents]))
+    worker.write_questions(tiny_documents, out / "questions.jsonl")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     launcher += ["--master-port=0", "--standalone", "-m", "tests.workers.team"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -45,7 +51,7 @@ def together(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -60,6 +66,9 @@ def alone(
     out = tmp_path_factory.mktemp("alone")
     worker.run(str(tiny_folder), tiny_documents, out, ALONE)
     worker.train_all(str(tiny_folder), tiny_documents, out / "memory")
+    asked = out / "questions.jsonl"
+    worker.write_questions(tiny_documents, asked)
+    worker.study_all(str(tiny_folder), tiny_documents, asked, out / "studied")
     return out
 
 
@@ -69,6 +78,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_two_processes_write_the_datastore_of_one(together: Path, alone: Path) -> None:
     assert contents(together / "store") == contents(alone / "store")
+
+
+def test_two_processes_write_the_study_of_one(together: Path, alone: Path) -> None:
+    assert contents(together / "study") == contents(alone / "study")
 
 
 def test_two_processes_learn_the_same_memory(together: Path, alone: Path) -> None:
@@ -83,10 +96,11 @@ def test_two_processes_learn_the_same_memory(together: Path, alone: Path) -> Non
     assert losses[0] == pytest.approx(json.loads((alone / "0.json").read_text()), rel=1e-5)
 
 
-def test_two_processes_train_the_memory_of_one(together: Path, alone: Path) -> None:
-    def names(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
+
+def test_two_processes_train_the_memory_of_one(together: Path, alone: Path) -> None:
     assert names(together / "memory") == names(alone / "memory")
     two, one = (load_file(out / "memory" / "model.safetensors") for out in (together, alone))
     for name, weights in one.items():
@@ -96,6 +110,44 @@ def test_two_processes_train_the_memory_of_one(together: Path, alone: Path) -> N
         reports[1]["perplexity"]["memory"], rel=1e-3
     )
     verify_files(together / "memory", load_manifest(together / "memory"))
+
+
+def test_two_processes_study_the_memory_of_one(together: Path, alone: Path) -> None:
+    two, one = (out / "studied" for out in (together, alone))
+    assert names(two) == names(one)
+    for stage in ("questions", "study"):
+        found, expected = (contents(out / WORK / stage) for out in (two, one))
+        del found["stage.json"], expected["stage.json"]  # which say how long it took
+        assert found == expected
+    weights = load_file(one / "model.safetensors")
+    for name, found_weights in load_file(two / "model.safetensors").items():
+        torch.testing.assert_close(found_weights, weights[name], rtol=0, atol=1e-3)
+    verify_files(two, load_manifest(two))
+
+
+def test_each_process_draws_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.Tensor] = []
+
+    class Drawing:
+        def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> torch.Tensor:
+            drawn.append(torch.rand(4, generator=generator))
+            return torch.zeros(())
+
+    memory: Any = None
+    monkeypatch.setattr("mlpmem_rag.shared_lesson._meaned", lambda loss: loss)
+    for seed in (7, 8):  # two epochs of two steps
+        for index in range(2):
+            part, shared = _Part(Drawing(), Team(index, 2)), torch.Generator().manual_seed(seed)
+            for _ in range(2):
+                part.loss(memory, np.arange(6), shared)
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 8
+    part, seen = _Part(Drawing(), Team(1, 2)), [*drawn]
+    drawn.clear()
+    for seed in (7, 8):
+        shared = torch.Generator().manual_seed(seed)
+        for _ in range(2):
+            part.loss(memory, np.arange(6), shared)
+    assert all(map(torch.equal, drawn, [*seen[2:4], *seen[6:8]])), "an epoch begins anew"
 
 
 def test_without_a_launcher_a_process_is_alone() -> None:
