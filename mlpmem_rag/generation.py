@@ -203,7 +203,8 @@ class Generation:
 
     def _confidence(self, new_tokens: int) -> float | None:
         confidence = self.parts.confidence
-        if confidence is None or not self.has_confidence or self._recorder.num_steps < new_tokens:
+        noted = 0 < new_tokens <= self._recorder.num_steps
+        if confidence is None or not noted or not self.has_confidence:
             return None
         return confidence.of(self._recorder.trace(self._line, new_tokens))
 

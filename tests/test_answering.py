@@ -204,6 +204,13 @@ def test_distributions_are_noted_only_for_a_confidence(
     assert len(noted) == answer.new_tokens
 
 
+def test_before_the_first_token_there_is_no_confidence(llama: Setup) -> None:
+    stream = llama.memory.stream(QUESTIONS[0], max_new_tokens=3)
+    assert (stream.answer.new_tokens, stream.answer.confidence) == (0, None)
+    assert len(list(stream)) > 0
+    assert stream.answer.confidence is not None
+
+
 def test_the_weight_of_an_answer_is_that_of_its_beginning(llama: Setup) -> None:
     """Whatever is set while it is generated; and at 0 the memory has no confidence to tell."""
     memory = llama.memory
