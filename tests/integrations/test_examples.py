@@ -8,6 +8,10 @@ import importlib.util
 import re
 import shlex
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +19,10 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+import transformers
 import typer
+import uvicorn
 from llama_index.core import Document, Settings
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -153,6 +160,27 @@ def test_agent(index: MLPMemIndex, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer == "It was Ines Maro."
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("open_loop")
+def test_an_agents_own_model_is_loaded(index: MLPMemIndex, wide_folder: Path) -> None:
+    # It writes at random, and what calls no tool is an agent's answer.
+    (answer,) = run("agent", index.memory_folder, QUESTION, "--llm", wide_folder).splitlines()
+    assert answer
+
+
+def test_continue_text(chat_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(transformers.logging, "disable_progress_bar", lambda: None)
+    text, base, memory = run("continue_text", chat_memory).splitlines()
+    llm = MLPMemIndex.from_memory(chat_memory).llm
+    assert text == f"  {example('continue_text').TEXT} …"
+    for line, lambda_ in ((base, 0.0), (memory, llm.mixing_weight)):
+        said = llm.complete(text[2:-2], formatted=True, lambda_=lambda_, max_tokens=32).text
+        shown = line.removeprefix(f"  λ = {lambda_:.2f}: … ")
+        assert shown != line
+        assert shown.removesuffix("</s>").strip() == " ".join(said.split())
+
+
 def test_service(index: MLPMemIndex) -> None:
     app = example("service").service(index)
     asked = [{"question": QUESTION}, {"question": SURE}]
@@ -175,6 +203,64 @@ def test_service(index: MLPMemIndex) -> None:
                 )
 
     asyncio.run(together())
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:  # noqa: ANN401
+    """Address of a web server in a thread of its own."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield "http://127.0.0.1:{1}".format(*server.servers[0].sockets[0].getsockname())
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+async def hang_up(address: str, passes: list[int]) -> None:
+    """Ask, and leave when a few tokens have been generated."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        asked = asyncio.create_task(client.post(address, json={"question": QUESTION}))
+        while len(passes) < 5 and not asked.done():
+            await asyncio.sleep(0.01)
+        assert asked.cancel()
+
+
+@pytest.mark.parametrize("path", ["/answer", "/stream"])
+def test_what_a_client_who_hangs_up_has_asked_is_given_up(
+    taught: Path,
+    before_forward: Callable[[torch.nn.Module, Callable[[int], object]], None],
+    path: str,
+) -> None:
+    index = MLPMemIndex.load(taught, device="cpu", lambda_=0.0, max_new_tokens=300)
+    passes: list[int] = []
+
+    def slowly(number: int) -> None:
+        passes.append(number)
+        time.sleep(0.01)
+
+    before_forward(index.llm.model.model.base, slowly)
+    with served(example("service").service(index)) as address:
+        asyncio.run(hang_up(address + path, passes))
+        index.llm.complete("Who?", max_tokens=1)  # served when the other has ended
+    assert len(passes) < 150
+
+
+def test_the_service_starts(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[httpx.Response] = []
+
+    def serve(app: Any, **settings: Any) -> None:  # noqa: ANN401
+        """As uvicorn does, for one request."""
+        assert settings == {"host": "127.0.0.1", "port": 8123}
+        with served(app) as address:
+            answers.append(httpx.post(f"{address}/answer", json={"question": QUESTION}, timeout=60))
+
+    monkeypatch.setattr(uvicorn, "run", serve)
+    run("service", taught, "--port", "8123")
+    assert [answer.json()["answer"] for answer in answers] == [RIGHT]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
