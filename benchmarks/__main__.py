@@ -34,6 +34,8 @@ SUITES = {
     "training": "documents to memory, end to end",
 }
 GPU_ONLY = ("gpu_neighbors",)
+FIRST_ON_GPU = ("gpu_neighbors", "training")
+"""What is known of a GPU alone, should its time run out."""
 
 SuiteArgument = Annotated[
     list[str] | None,
@@ -53,18 +55,21 @@ def main(
     documents: Annotated[int, typer.Option(help="To train on; 0: all.")] = TRAINED_DOCUMENTS,
     search_rows: Annotated[int, typer.Option(help="Of the large datastore.")] = 1_000_000,
     rounds: Annotated[int, typer.Option(help="Of a comparison of a second or two.")] = 7,
+    folder: Annotated[
+        Path, typer.Option("--results", help="Folder of the result files.")
+    ] = results.RESULTS,
     write_page: Annotated[
         bool, typer.Option("--page", help="Only fill docs/performance.md from the result files.")
     ] = False,
 ) -> None:
-    """Measure the suites named, or all, and write benchmarks/results/MACHINE.json."""
+    """Measure the suites named, or all, and write MACHINE.json among the results."""
     if write_page:
-        page.fill()
+        page.fill(folder=folder)
         return
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as work:
         setup = Setup(
-            Path(folder),
+            Path(work),
             device=device,
             dtype=dtype,
             base_model=base_model,
@@ -75,29 +80,47 @@ def main(
             trained_documents=documents,
             search_rows=search_rows,
             rounds=rounds,
+            results=folder,
             say=lambda text: console.print(f"[dim]{text}[/dim]"),
         )
-        measure(setup, suites or list(SUITES), console)
+        failed = measure(setup, suites or in_order(setup.device), console)
+    if failed:
+        raise typer.Exit(1)
 
 
-def measure(setup: Setup, names: list[str], console: Console) -> Path:
-    """Suite by suite, so that a run that is cut short leaves what it has."""
+def in_order(device: str) -> list[str]:
+    """All suites."""
+    first = FIRST_ON_GPU if device.startswith("cuda") else ()
+    return sorted(SUITES, key=lambda name: name not in first)
+
+
+def measure(setup: Setup, names: list[str], console: Console) -> list[str]:
+    """Suite by suite, so that a run that is cut short leaves what it has.
+
+    Gives those that failed.
+    """
     if unknown := set(names) - set(SUITES):
         raise typer.BadParameter(f"{', '.join(unknown)}; suites are {', '.join(SUITES)}")
     about = {"machine": machine.describe(setup.device), "versions": versions()}
-    path = results.RESULTS / f"{machine.slug(setup.device)}.json"
+    path = setup.results / f"{machine.slug(setup.device)}.json"
     ceilings = machine.ceilings(setup.device, setup.work)
+    failed = []
     for name in names:
         if name in GPU_ONLY and not setup.device.startswith("cuda"):
             setup.say(f"{name}: only on a GPU")
             continue
         setup.say(f"{name}: {SUITES[name]}")
         started = time.perf_counter()
-        figures = suite(name)(setup)
+        try:
+            figures = suite(name)(setup)
+        except Exception as error:  # the next suite may do all the same
+            console.print(f"{name} failed: {type(error).__name__}: {error}", style="red")
+            failed.append(name)
+            continue
         entry = results.entry(figures, ceilings, time.perf_counter() - started, choices(setup))
         results.merge(path, about, {name: entry})
         Console().print(results.table(name, figures, ceilings))
-    return path
+    return failed
 
 
 def suite(name: str) -> Callable[[Setup], list[Figure]]:

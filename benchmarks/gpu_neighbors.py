@@ -1,26 +1,32 @@
 """Exact neighbours on a GPU, every row against every other, beside its matrix products alone.
 
-Both multiply in half precision. Keys are random numbers: how long the search takes does not depend
-on them.
+Both multiply in half precision. Where faiss-gpu is installed, some of the rows are searched by its
+flat index in half precision as well, whose distances are not computed again in float32. Keys are
+random numbers: how long the search takes does not depend on them.
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
+from itertools import islice
 
 import numpy as np
 import torch
 
 from benchmarks import machine, roofline
 from benchmarks.figures import Figure, Goal
-from benchmarks.rounds import Ratio, seconds
+from benchmarks.rounds import Ratio, interleaved, median_ratio, seconds
 from benchmarks.setup import Setup
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.index import Rows
+from mlpmem_rag.index import Index, Rows, faiss_has_gpu, import_faiss, stretches
 from mlpmem_rag.neighbors import FlatSearch
 
 WIDTH = 576
 AT_LEAST = 0.3
 NEIGHBORS = (64, 1024)
 WARM_UP = 2
+FAISS_GROUPS = 8
+FAISS_ROUNDS = 3
 
 
 def run(setup: Setup) -> list[Figure]:
@@ -29,7 +35,11 @@ def run(setup: Setup) -> list[Figure]:
     device = torch.device(setup.device)
     search = FlatSearch(store, np.arange(store.num_rows), np.zeros(WIDTH, dtype=np.float32), device)
     rate = machine.product_rate(torch.float16, setup.device)
-    return [searched(search, store, k, rate, setup.device) for k in NEIGHBORS]
+    figures = [searched(search, store, k, rate, setup.device) for k in NEIGHBORS]
+    if find_spec("faiss") and faiss_has_gpu():
+        other = faiss_index(store, device)
+        figures += [beside_faiss(search, other, store, k, setup.device) for k in NEIGHBORS]
+    return figures
 
 
 def searched(search: FlatSearch, store: Datastore, k: int, rate: float, device: str) -> Figure:
@@ -50,6 +60,40 @@ def searched(search: FlatSearch, store: Datastore, k: int, rate: float, device: 
         Goal(at_least=AT_LEAST),
         details={"seconds": took, "rows_per_second": store.num_rows / took},
     )
+
+
+def beside_faiss(search: FlatSearch, other: Index, store: Datastore, k: int, device: str) -> Figure:
+    """Some of the rows both ways."""
+    groups: list[Rows] = list(islice(search.groups(), FAISS_GROUPS))
+    took = interleaved(
+        {
+            "ours": lambda: [search.search(rows, k + 1) for rows in groups],
+            "faiss": lambda: [other.search(store.keys(rows), k + 1) for rows in groups],
+        },
+        FAISS_ROUNDS,
+        device=device,
+    )
+    count = sum(map(len, groups))
+    return Figure(
+        f"exact neighbours of some of {store.num_rows:,} rows on the GPU, k = {k:,}",
+        "rows/s",
+        count / min(took["ours"]),
+        "faiss-gpu in half precision",
+        count / min(took["faiss"]),
+        median_ratio(took["faiss"], took["ours"]),
+    )
+
+
+def faiss_index(store: Datastore, device: torch.device) -> Index:
+    """A flat index of FAISS on the GPU."""
+    faiss = import_faiss()
+    options = faiss.GpuIndexFlatConfig()
+    options.useFloat16 = True
+    options.device = torch.cuda.current_device() if device.index is None else device.index
+    index: Index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), store.key_size, options)
+    for rows in stretches(np.arange(store.num_rows)):
+        index.add(store.keys(rows))
+    return index
 
 
 def random_store(rows: int, width: int) -> Datastore:

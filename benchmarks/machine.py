@@ -26,15 +26,25 @@ FORMATS = {
 
 def describe(device: str) -> dict[str, Any]:
     """Processor, cores, threads and GPU, with the device that was measured."""
-    return {**_machine(device), "device": device}
+    return {**_machine(device), "instructions": instructions(), "device": device}
+
+
+def instructions() -> str:
+    """The best that the processor has for matrix products: machines of one name differ in it."""
+    found = torch.cpu.get_capabilities()
+    for name in ("amx_bf16", "avx512_bf16"):
+        if found.get(name):
+            return name
+    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def slug(device: str) -> str:
-    """A file name from what computes: the GPU's model, or the CPU's with the number of threads."""
+    """A file name from what computes: the GPU's model, or the CPU's, its best instructions and
+    the number of threads."""
     found = _machine(device)
-    name = found["gpu"] if device.startswith("cuda") else found["processor"]
-    count = "" if device.startswith("cuda") else f"-{found['torch_threads']}-threads"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + count
+    name = f"{found['processor']} {instructions()} {found['torch_threads']} threads"
+    name = found["gpu"] if device.startswith("cuda") else name
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def run(setup: Setup) -> list[Figure]:
 
         took = interleaved({"stage": stage, "knn": knn}, setup.rounds)
     rate = len(rows) / min(took["stage"])
+    gpu = setup.device.startswith("cuda")
     return [
         Figure(
             f"exact neighbours, k = {k:,}",
@@ -43,9 +44,11 @@ def run(setup: Setup) -> list[Figure]:
             "faiss.knn",
             len(rows) / min(took["knn"]),
             median_ratio(took["knn"], took["stage"]),
-            Goal(at_least=AT_LEAST),
+            Goal() if gpu else Goal(at_least=AT_LEAST),  # faiss.knn computes on the CPU
             per_second=rate,
-            needs=roofline.search_needs(len(rows), store.key_size),
+            needs=roofline.search_needs(
+                len(rows), store.key_size, dtype="float16" if gpu else "float32"
+            ),
             details={"rows": len(rows), "width": store.key_size},
         )
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Ceilings
-from benchmarks.results import RESULTS, cells, figures_of, number
+from benchmarks.results import RESULTS, cells, figures_of, number, read
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -19,7 +18,7 @@ HEAD = ("what", "ours", "against", "", "ratio", "goal", "of the ceiling")
 def fill(page: Path = PAGE, folder: Path = RESULTS) -> None:
     """Replace what stands between the marks by the tables of all machines."""
     text = page.read_text(encoding="utf-8")
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = read(folder)
     tables = "\n\n".join(section(results) for results in found) or "Not yet measured."
     if not any(results["machine"]["device"].startswith("cuda") for results in found):
         tables += "\n\n### GPU\n\nNot yet measured."
@@ -32,7 +31,8 @@ def section(results: Mapping[str, Any]) -> str:
     """One machine: what it can do, and its suites in one table."""
     about = results["machine"]
     gpu = about["device"].startswith("cuda")
-    name = about["gpu"] if gpu else f"{about['processor']}, {about['torch_threads']} threads"
+    cpu = f"{about['processor']} with {about['instructions']}, {about['torch_threads']} threads"
+    name = about["gpu"] if gpu else cpu
     rows = []
     for suite in results["suites"].values():
         ceilings = Ceilings(**suite["ceilings"])

@@ -20,8 +20,13 @@ RESULTS = Path(__file__).parent / "results"
 def merge(path: Path, about: Mapping[str, Any], suites: Mapping[str, Any]) -> None:
     """Write what was measured beside what the file holds of other suites."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**about, "suites": {**old.get("suites", {}), **suites}})
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All machines' results."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def entry(

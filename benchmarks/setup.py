@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from benchmarks.results import RESULTS
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.config import TrainConfig
 from mlpmem_rag.corpus import Corpus, read_corpus
@@ -39,6 +40,7 @@ class Setup:
         trained_documents: how many documents are trained on; 0: all.
         search_rows: rows of the large datastore that is searched approximately.
         rounds: of a comparison whose arms take a second or two.
+        results: folder of the result files of all machines.
         say: told what is being done.
     """
 
@@ -53,6 +55,7 @@ class Setup:
     trained_documents: int = TRAINED_DOCUMENTS
     search_rows: int = 1_000_000
     rounds: int = 7
+    results: Path = RESULTS
     say: Callable[[str], None] = field(default=lambda _: None)
 
     def __post_init__(self) -> None:

@@ -54,6 +54,33 @@ def test_the_device_that_is_measured_is_waited_for_and_asked(
     assert (machine.describe("cuda:1")["gpu"], machine.slug("cuda:1")) == ("B", "b")
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "chip-amx-bf16-2-threads"),
+        ({"avx512_bf16": True}, "chip-avx512-bf16-2-threads"),
+        ({"avx512_bf16": False}, "chip-avx2-2-threads"),
+    ],
+)
+def test_machines_of_one_name_with_other_instructions_have_files_of_their_own(
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"processor": "Chip(R)", "torch_threads": 2, "gpu": "G"}
+    monkeypatch.setattr(machine, "machine", lambda: found)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert machine.slug("cpu") == expected
+    assert machine.describe("cpu")["instructions"] in expected.replace("-", "_")
+
+
+def test_the_page_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    where = tmp_path / "page.md"
+    text = page.PAGE.read_text(encoding="utf-8")
+    where.write_text(text, encoding="utf-8")
+    page.fill(where)
+    assert where.read_text(encoding="utf-8") == text, "fill it: python -m benchmarks --page"
+
+
 def test_the_slower_of_computing_and_moving_is_the_ceiling() -> None:
     computing, moving = Needs(50, 1, "float32"), Needs(50, 80, "bfloat16")
     assert (computing.seconds(CEILINGS), computing.bound(CEILINGS)) == (0.5, "compute")
@@ -108,7 +135,8 @@ def test_the_page_gets_a_table_a_machine(tmp_path: Path) -> None:
         Figure("fast", "ms", 1.234, "slow", 1234.5, Ratio(9.0, 8.0, 10.0), Goal(at_least=10.0)),
         Figure("lone", "rows/s", 50.0, per_second=50.0, needs=Needs(1, 0, "float32")),
     ]
-    about = {"machine": {"device": "cpu", "processor": "Chip", "torch_threads": 2, "gpu": None}}
+    cpu = {"processor": "Chip", "instructions": "avx2", "torch_threads": 2}
+    about = {"machine": {"device": "cpu", "gpu": None, **cpu}}
     entry = results.entry(figures, CEILINGS, 1.0, {})
     results.merge(tmp_path / "chip.json", about, {"suite": entry})
     assert json.loads((tmp_path / "chip.json").read_text())["suites"]["suite"]["figures"][1][
@@ -120,7 +148,7 @@ def test_the_page_gets_a_table_a_machine(tmp_path: Path) -> None:
     page.fill(where, tmp_path)
     page.fill(where, tmp_path)  # filling again changes nothing
     text = where.read_text()
-    assert text.startswith(f"before\n{page.BEGIN}\n### Chip, 2 threads\n")
+    assert text.startswith(f"before\n{page.BEGIN}\n### Chip with avx2, 2 threads\n")
     assert text.endswith(f"### GPU\n\nNot yet measured.\n{page.END}\nafter\n")
     fast = "| fast | 1.23 ms | slow | 1,234 ms | 9.00 [8.00, 10.00] | ≥ 10 (not reached) |  |"
     assert fast in text

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from benchmarks import (
     answers,
@@ -26,14 +28,17 @@ from benchmarks import (
     results,
     training,
 )
-from benchmarks.__main__ import SUITES, measure, suite
-from benchmarks.figures import Figure
+from benchmarks.__main__ import SUITES, in_order, main, measure, suite
+from benchmarks.figures import Ceilings, Figure, Goal
+from benchmarks.rounds import Ratio
 from benchmarks.setup import Setup
 from mlpmem_rag import generation
 from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.index import CPU, flat_index
 from mlpmem_rag.lessons import Columns, TextLesson
 from mlpmem_rag.memory import MemoryConfig, new_memory
+from mlpmem_rag.neighbors import FlatSearch
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.report import TrainReport
 from mlpmem_rag.targets import Targets
@@ -215,27 +220,118 @@ def test_the_training_suite_tells_every_stage(
     monkeypatch.setattr("benchmarks.setup.train", quick)
     base = setup.base_model
     small = Setup(tmp_path, "cpu", "float32", base, corpus=setup.corpus, trained_documents=6)
-    (figure,) = training.run(small)
+    figure, *stages = training.run(small)
     assert figure.what == "training, 6 documents to a memory"
     assert {"seconds_datastore", "seconds_distil"} <= set(figure.details)
+    names = [stage.what.removeprefix("training, stage ") for stage in stages]
+    assert {"datastore", "neighbors", "targets", "distil", "refit"} <= set(names)
+    for stage, name in zip(stages, names, strict=True):
+        took, total = small.trained.seconds[name], small.trained.total_seconds
+        assert (stage.ours, stage.other) == (took, total)
+        assert stage.ratio is not None
+        assert stage.ratio.value == pytest.approx(took / total)
+    assert sum(stage.ours for stage in stages) == pytest.approx(small.trained.total_seconds)
+
+
+def test_training_on_a_gpu_is_held_against_the_fastest_cpu(setup: Setup, tmp_path: Path) -> None:
+    for name, device, rate in (("a", "cpu", 3.0), ("b", "cpu", 5.0), ("c", "cuda", 900.0)):
+        entry = {"figures": [asdict(Figure("training", "tokens/s", rate))]}
+        about = {"machine": {"device": device}}
+        results.merge(tmp_path / f"{name}.json", about, {"training": entry})
+    results.merge(tmp_path / "d.json", {"machine": {"device": "cpu"}}, {})
+    there = replace(setup, results=tmp_path)
+    there.device = "cuda"
+    report = made_report(tokens=1_100_000, seconds={"datastore": 100.0, "study": 300.0})
+    there.__dict__["trained"] = report  # as if trained on one
+    speed, minutes, *stages = training.run(there)
+    assert (speed.ours, speed.other) == (2750.0, 5.0)
+    assert (speed.ratio, speed.reached) == (Ratio(550.0, 550.0, 550.0), True)
+    assert (minutes.unit, minutes.reached) == ("minutes", True)
+    assert minutes.ours == pytest.approx(400 / 60)
+    assert [stage.ours for stage in stages] == [100.0, 300.0]
+    alone = training.beside_cpus(replace(setup, results=tmp_path / "none"), report)
+    assert (alone.ratio, alone.reached) == (None, None)
+
+
+def test_goals_of_a_cpu_are_none_of_a_gpu(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the device, as if measured on a GPU."""
+    assert neighbors.run(setup)[0].goal == Goal(at_least=0.95)
+    there = replace(setup)
+    there.__dict__["datastore"] = setup.datastore
+    there.device = "cuda"
+    monkeypatch.setattr(neighbors, "find_neighbors", lambda *_, **__: None)
+    monkeypatch.setattr(neighbors, "interleaved", lambda *_: {"stage": [1.0], "knn": [2.0]})
+    (figure,) = neighbors.run(there)
+    assert figure.goal == Goal()
+    assert figure.needs is not None
+    assert figure.needs.dtype == "float16"
+
+
+def test_what_only_a_gpu_tells_is_measured_first_there() -> None:
+    assert in_order("cuda:0")[:2] == ["gpu_neighbors", "training"]
+    assert set(in_order("cuda")) == set(SUITES)
+    assert in_order("cpu") == list(SUITES)
+
+
+def test_a_search_by_faiss_is_held_against_ours(setup: Setup) -> None:
+    """The same index on a CPU in the place of one on a GPU."""
+    store = gpu_neighbors.random_store(600, 16)
+    rows, centre = np.arange(600), np.zeros(16, dtype=np.float32)
+    search = FlatSearch(store, rows, centre, CPU)
+    other = flat_index(store, rows, centre)
+    figure = gpu_neighbors.beside_faiss(search, other, store, 8, "cpu")
+    check(figure)
+    assert figure.ratio is not None
+
+
+def made_report(**given: Any) -> TrainReport:  # noqa: ANN401
+    """A report with some fields, and nothing in the others."""
+    names = [field.name for field in fields(TrainReport)]
+    return TrainReport(**{**dict.fromkeys(names), "documents": 9, "questions": 0, **given})
 
 
 def test_a_run_writes_what_it_has_beside_what_others_had(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(machine, "MATRIX", 64)
     monkeypatch.setattr(machine, "COPIED", 1 << 20)
     monkeypatch.setattr(machine, "WRITTEN", 1 << 16)
     monkeypatch.setattr("benchmarks.__main__.suite", lambda name: lambda _: [Figure(name, "s", 1)])
     said: list[str] = []
-    setup.say = said.append
-    measure(setup, ["neighbors"], Console(quiet=True))
-    path = measure(setup, ["datastore", "gpu_neighbors"], Console(quiet=True))
+    there = replace(setup, results=tmp_path / "new" / "results", say=said.append)
+    assert measure(there, ["neighbors"], Console(quiet=True)) == []
+    assert measure(there, ["datastore", "gpu_neighbors"], Console(quiet=True)) == []
+    (path,) = there.results.iterdir()
+    assert path.stem == machine.slug("cpu")
     written = json.loads(path.read_text())
     assert set(written["suites"]) == {"neighbors", "datastore"}
     assert "gpu_neighbors: only on a GPU" in said
     assert results.figures_of(written["suites"]["datastore"]) == [Figure("datastore", "s", 1)]
+
+
+def test_a_suite_that_fails_does_not_end_the_run(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(name: str) -> Callable[[Setup], list[Figure]]:
+        def run(_: Setup) -> list[Figure]:
+            if name == "neighbors":
+                raise RuntimeError("no room")
+            return [Figure(name, "s", 1)]
+
+        return run
+
+    ceilings = Ceilings({"float32": 1.0}, 1.0, 1.0)
+    monkeypatch.setattr(machine, "ceilings", lambda *_: ceilings)
+    monkeypatch.setattr("benchmarks.__main__.suite", made)
+    app = typer.Typer()
+    app.command()(main)
+    given = ["neighbors", "datastore", "--device", "cpu", "--results", str(tmp_path)]
+    ran = CliRunner().invoke(app, given)
+    assert ran.exit_code == 1
+    assert "neighbors failed: RuntimeError: no room" in ran.output
+    (path,) = tmp_path.iterdir()
+    assert set(json.loads(path.read_text())["suites"]) == {"datastore"}
+    assert CliRunner().invoke(app, given[1:]).exit_code == 0
 
 
 @pytest.mark.parametrize("name", SUITES)
