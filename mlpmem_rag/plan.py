@@ -13,15 +13,18 @@ import torch
 
 from mlpmem_rag.backbone import Backbone, mlp_shape
 from mlpmem_rag.cells import compared_rows, num_cells, search_bytes
+from mlpmem_rag.contexts import BLOCK
 from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
+from mlpmem_rag.familiarity import MAX_PROTOTYPES, MAX_SAMPLE
 from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
 from mlpmem_rag.schedule import finishing, long_enough
 from mlpmem_rag.targets import MAX_TOKENS
+from mlpmem_rag.torch_index import key_factor, products, query_factor
 from mlpmem_rag.windows import Window
 
 QUERY_SIZE = 384
@@ -31,8 +34,28 @@ STUDY_ROWS_PER_TOKEN = 5.5
 """Rows along the answers of the questions that rules write from a token of English prose."""
 STUDY_TOKENS_PER_TOKEN = 35
 """Tokens of these questions and answers, without the prompts' common beginning."""
+QUESTIONS_PER_TOKEN = 1.1
+TEXT_BYTES = 16
+"""Of a token's text, twice: documents as they were read, and ids in the windows."""
+WINDOW_BYTES = 256
+"""Of a window beside its token ids."""
+QUESTION_BYTES = 1200
+"""Of a written question, its answer and its source, twice: as written and as read again."""
+PROMPT_BYTES = 700
+"""Of a question's prompt and answer in token ids, while the base model runs over them."""
+CONTEXT_BYTES = 8
+"""Of a token: its share of a context's vector, and which one that is, apart from its width."""
+DISTANCE_BYTES = 130
+"""Of a row: its nearest distances, while their mean is taken."""
+ORDER_BYTES = 24
+"""Of a row that is learned: its number, and its place in an epoch's order."""
+SCORED_BYTES = 16
+"""Of a number in the base model's output, while it is scored beside the memory's."""
 DATASTORE_BATCHES = 6
 """Times the inner states of one MLP that a forward pass holds at once."""
+TARGET_SECONDS = 1e-4
+"""Of a row, in one thread."""
+GPU_COMPARED = 1 << 16
 RUNTIME_BYTES = 600 * 2**20
 """What Python, torch and FAISS take before any data is there."""
 
@@ -118,13 +141,14 @@ def make_plan(
     base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     computed = sum(len(window.token_ids) for window in windows)
     exact = rows <= exact_rows(width, backbone.device)
-    stages = (
-        DATASTORE_BATCHES * BATCH_TOKENS * shape.intermediate_size * 4,
-        search_memory(rows, width, k, exact=exact),
-        4 * parameters * 6,
-        study_rows * 2 * query_size + STUDY_TOKENS_PER_TOKEN * rows * 8 if study_rows else 0,
-    )
-    needed = RUNTIME_BYTES + base_bytes + max(stages)
+    stages = {
+        "datastore": DATASTORE_BATCHES * BATCH_TOKENS * shape.intermediate_size * 4,
+        "neighbors": search_memory(rows, width, k, exact=exact) + 8 * rows,
+        "targets": DISTANCE_BYTES * rows,
+        "scores": max(w.num_rows for w in windows) * backbone.reference.vocab_size * SCORED_BYTES,
+        **learning_memory(rows, study_rows, query_size, parameters),
+    }
+    needed = RUNTIME_BYTES + base_bytes + text_memory(windows) + max(stages.values())
     held = 4 * width * rows if exact and backbone.device.type == "cpu" else 0
     in_memory = max_memory is None or needed + held <= max_memory
     return Plan(
@@ -148,6 +172,31 @@ def make_plan(
         seconds=_project(backbone, memory, rows, study_rows, computed, held_out, distill),
         max_memory=max_memory,
     )
+
+
+def text_memory(windows: Sequence[Window]) -> int:
+    """Bytes of documents and windows, which are there during the whole run."""
+    return sum(TEXT_BYTES * window.num_rows + WINDOW_BYTES for window in windows)
+
+
+def learning_memory(rows: int, study_rows: int, query_size: int, parameters: int) -> dict[str, int]:
+    """Bytes of the stages that have questions to learn, or would have.
+
+    While the memory learns there are at once: weights, gradients, moments and the best weights; the
+    order of the rows; and the questions with their vectors, of which prototypes are made.
+    """
+    questions = round(QUESTIONS_PER_TOKEN * rows) if study_rows else 0
+    vectors = 4 * query_size * questions
+    taught = QUESTION_BYTES * questions + vectors + 8 * study_rows
+    taught += rows * (CONTEXT_BYTES + 4 * query_size // BLOCK) if study_rows else 0
+    return {
+        "study": taught + PROMPT_BYTES * questions + vectors,
+        "distil": taught
+        + vectors
+        + 4 * query_size * min(questions, MAX_SAMPLE * MAX_PROTOTYPES)
+        + 4 * parameters * 6
+        + ORDER_BYTES * (rows + study_rows),
+    }
 
 
 def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
@@ -186,22 +235,30 @@ def _project(
         epochs_rows = (learning + ending) * rows_in_all
     return {
         "datastore": computed * forward,
-        "neighbors": rows * searched * _multiply_seconds(backbone.hidden_size),
-        "targets": rows * 2e-4,
+        "neighbors": rows * searched * _compare_seconds(backbone.hidden_size, backbone.device),
+        "targets": rows * TARGET_SECONDS,
         "base scores": 2 * held_out * computed * forward * 3,  # with the output head
         **({"study": forward_study} if study_rows else {}),
         "distil": epochs_rows / distill.batch_rows * step,
     }
 
 
-def _best_of(runs: int, work: Callable[[], object]) -> float:
+def _best_of(runs: int, work: Callable[[], object], device: torch.device) -> float:
     work()  # warm-up
     seconds = []
     for _ in range(runs):
+        _wait(device)
         started = time.perf_counter()
         work()
+        _wait(device)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """For what a GPU has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _forward_seconds(backbone: Backbone) -> float:
@@ -209,14 +266,20 @@ def _forward_seconds(backbone: Backbone) -> float:
     length = min(256, backbone.context_window)
     ids = torch.zeros(2, length, dtype=torch.long, device=backbone.device)
     mask = torch.ones_like(ids)
-    return _best_of(1, lambda: backbone.hidden(ids, mask)) * BATCH_TOKENS / ids.numel()
+    took = _best_of(1, lambda: backbone.hidden(ids, mask), backbone.device)
+    return took * BATCH_TOKENS / ids.numel()
 
 
-def _multiply_seconds(width: int) -> float:
-    """Seconds for one distance between two keys, in a large product."""
+def _compare_seconds(width: int, device: torch.device) -> float:
+    """Seconds for one distance between two keys, in a large product, and for selecting."""
+    if device.type == "cuda":
+        keys = torch.zeros(GPU_COMPARED, width, device=device)
+        factor, asked = key_factor(keys), query_factor(keys[:LARGE_QUERY_BATCH])
+        took = _best_of(2, lambda: products(asked, factor.keys).amin(1), device)
+        return took / (len(asked) * len(keys))
     keys = torch.zeros(2048, width)
     # Selecting the nearest costs about as much again as the products.
-    return 2 * _best_of(2, lambda: keys @ keys.T) / 2048**2
+    return 2 * _best_of(2, lambda: keys @ keys.T, device) / 2048**2
 
 
 def _step_seconds(memory: Memory, device: torch.device, config: DistillConfig) -> float:
@@ -234,4 +297,4 @@ def _step_seconds(memory: Memory, device: torch.device, config: DistillConfig) -
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return _best_of(2, step)
+    return _best_of(2, step, device)

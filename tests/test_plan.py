@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.cells import search_bytes
@@ -18,7 +22,7 @@ from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.pipeline import plan_training
-from mlpmem_rag.plan import Plan, make_plan, search_memory
+from mlpmem_rag.plan import Plan, _best_of, learning_memory, make_plan, search_memory
 from mlpmem_rag.windows import TokenArray, make_windows
 
 LENGTH, STRIDE = 40, 25
@@ -145,6 +149,76 @@ def test_a_large_search_is_planned_with_what_a_group_of_rows_takes() -> None:
     assert search_bytes(1_000_000, 576) > distances + keys
     assert search_bytes(1_000_000, 576) < 4 * (distances + keys)
     assert search_bytes(4_000_000, 576) < 4 * search_bytes(1_000_000, 576), "as the root of rows"
+
+
+def test_what_is_learned_is_counted_by_hand() -> None:
+    found = learning_memory(1000, 5500, 384, parameters=10)
+    vectors = 1100 * 4 * 384
+    taught = 1100 * 1200 + vectors + 5500 * 8 + 1000 * (8 + 4 * 384 // 64)
+    # Two copies of the vectors, of which prototypes are made; an order of all rows.
+    assert found["distil"] == taught + 2 * vectors + 240 + 6500 * 24
+    assert found["study"] == taught + vectors + 1100 * 700
+    assert learning_memory(1000, 0, 0, parameters=10) == {"study": 0, "distil": 240 + 1000 * 24}
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    there = torch.device("cuda:1")
+    assert _best_of(1, lambda: done.append("work"), there) >= 0
+    assert done == ["work", there, "work", there]
+
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+from mlpmem_rag.corpus import Corpus, Document
+from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.pipeline import train
+
+texts, count = json.loads(sys.argv[1]), int(sys.argv[2])
+documents = [
+    Document(f"{n}", f"Report {n}. {texts[n % len(texts)]}", None, f"{n}.txt")
+    for n in range(count)
+]
+plans = []
+train(
+    Corpus(tuple(documents)),
+    out=sys.argv[3],
+    on_plan=plans.append,
+    base_model=sys.argv[4],
+    encoder=sys.argv[5],
+    device="cpu",
+    dtype="float32",
+    window=48,
+    neighbors=8,
+    distill=DistillConfig(epochs=1, batch_rows=512),
+)
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
+print(json.dumps([int(peak) * 1024, plans[0].memory_bytes, plans[0].rows]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="tells no peak")
+def test_a_corpus_ten_times_as_large_takes_no_more_memory_than_its_plan_says(
+    tmp_path: Path, tiny_folder: Path, sentence_folder: Path, tiny_documents: list[Document]
+) -> None:
+    """Each trained in a process of its own, which never gives back its peak."""
+    texts = json.dumps([document.text for document in tiny_documents])
+    found = []
+    for count in (32, 320):
+        given = [texts, str(count), str(tmp_path / str(count))]
+        models = [str(tiny_folder), str(sentence_folder)]
+        command = [sys.executable, "-c", TRAIN, *given, *models]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+    (peak, planned, rows), (large_peak, large_planned, large_rows) = found
+    assert large_rows > 9 * rows
+    assert peak <= planned
+    assert large_peak <= large_planned
+    assert large_peak - peak <= large_planned - planned, "without what every run takes"
 
 
 def test_planning_writes_nothing_and_asks_the_disk_of_out(
