@@ -193,10 +193,8 @@ class MemoryModel:
         lambda_: float | None = None,
     ) -> AnswerStream:
         """Like `answer`, piece by piece. Leaving the loop early stops the generation."""
-        messages = (
-            [{"role": "user", "content": question}] if isinstance(question, str) else question
-        )
-        return self.reply(messages, Decoding(max_new_tokens=max_new_tokens, lambda_=lambda_))
+        decoding = Decoding(max_new_tokens=max_new_tokens, lambda_=lambda_)
+        return self.reply(_messages(question), decoding)
 
     def reply(
         self, messages: Sequence[Message], decoding: Decoding, *, asked: str | None = None
@@ -266,23 +264,29 @@ class MemoryModel:
         return AnswerStream(generation, self._turns)
 
     def origins(
-        self, question: str, answer: str, provenance: Provenance
+        self, question: str | Sequence[Message], answer: str, provenance: Provenance
     ) -> list[tuple[str, Origin | None]]:
         """The tokens of an answer with the training rows they come from.
+
+        Args:
+            question: the text asked, or the conversation before the answer.
+            answer: what was said.
+            provenance: the rows.
 
         Raises:
             ConfigError: the question is empty, or this memory was not loaded from a folder.
         """
         if self.backbone is None:
             raise ConfigError("only a memory that was loaded from a folder can trace its answers")
-        prompt = prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
+        messages = _messages(question)
+        prompt = prompt_ids(self.tokenizer, messages)
         tokens = answer_ids(self.tokenizer, answer)[:-1]  # without the mark of its end
         kept = tokens[: self.context_window - 1]
         ids = [*prompt[-(self.context_window - len(kept)) :], *kept]
         batch = torch.tensor([ids], device=self.model.device)
         hidden = self.backbone.hidden(batch, torch.ones_like(batch))[0].float()  # (T, D)
         before = hidden[len(ids) - len(kept) - 1 : -1].cpu().numpy()
-        vector = self.query_vector(question)
+        vector = self.query_vector(asked_text(messages))
         found = provenance.origins(
             before,
             kept,
@@ -378,3 +382,7 @@ class MemoryModel:
             self._openings,
             self._halves,
         )
+
+
+def _messages(question: str | Sequence[Message]) -> Sequence[Message]:
+    return [{"role": "user", "content": question}] if isinstance(question, str) else question
