@@ -19,7 +19,7 @@ import operator
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -48,7 +48,8 @@ from mlpmem_rag.reading import STOP
 THREADS = 8
 BATCH = 8
 BATCHES = f"in batches of {BATCH}"
-REQUESTS = 16
+REQUESTS = 32
+STREAMED = 16
 ROUNDS = 3
 MAX_NEW_TOKENS = 24
 FIRST_TOKEN = Goal(at_least=5.0)
@@ -58,6 +59,7 @@ TUNED = RagSetting(1, 0, FEW_SHOT)
 """Whole documents with examples in plain text (docs/experiments.md, "RAG's best setting")."""
 TICK = 0.001
 Floats = npt.NDArray[np.float64]
+Ask = Callable[[str], Awaitable[object]]
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,16 @@ class Loop:
     spans: list[tuple[float, float]] = field(default_factory=list)
 
     async def watch(self) -> None:
-        begun = time.perf_counter()
+        begun = started = time.perf_counter()
         try:
             while True:
                 started = time.perf_counter()
                 await asyncio.sleep(TICK)
                 self.waits.append(time.perf_counter() - started - TICK)
-        finally:
-            self.spans.append((begun, time.perf_counter()))
+        finally:  # the wait that is cut short counts, too
+            ended = time.perf_counter()
+            self.waits.append(max(0.0, ended - started - TICK))
+            self.spans.append((begun, ended))
 
 
 IDLE = """
@@ -118,22 +122,22 @@ def from_threads(engine: BaseQueryEngine, questions: Sequence[str]) -> list[str]
         return list(threads.map(lambda question: str(engine.query(question)), questions))
 
 
-def all_at_once(engine: BaseQueryEngine, questions: Sequence[str]) -> list[str]:
-    return asyncio.run(_together(engine, questions))
+def all_at_once(ask: Ask, questions: Sequence[str]) -> list[str]:
+    return asyncio.run(_together(ask, questions))
 
 
-def all_watched(engine: BaseQueryEngine, questions: Sequence[str], loop: Loop) -> list[str]:
+def all_watched(ask: Ask, questions: Sequence[str], loop: Loop) -> list[str]:
     async def watched() -> list[str]:
         watching = asyncio.create_task(loop.watch())
-        answers = await _together(engine, questions)
+        answers = await _together(ask, questions)
         watching.cancel()
         return answers
 
     return asyncio.run(watched())
 
 
-async def _together(engine: BaseQueryEngine, questions: Sequence[str]) -> list[str]:
-    responses = await asyncio.gather(*map(engine.aquery, questions))
+async def _together(ask: Ask, questions: Sequence[str]) -> list[str]:
+    responses = await asyncio.gather(*map(ask, questions))
     return [str(response) for response in responses]
 
 
@@ -147,9 +151,9 @@ def throughput(
     """
     arms: dict[str, Callable[[], list[str]]] = {
         "one by one": lambda: one_by_one(engine, questions),
-        "asyncio": lambda: all_at_once(engine, questions),
+        "asyncio": lambda: all_at_once(engine.aquery, questions),
         "threads": lambda: from_threads(engine, questions),
-        BATCHES: lambda: all_at_once(batching, questions),
+        BATCHES: lambda: all_at_once(batching.aquery, questions),
     }
     expected = one_by_one(engine, questions)  # warm-up
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -172,21 +176,19 @@ def throughput(
             name: asdict(ratio(alone, np.array(seconds[name]))) for name in names[1:]
         },
         "same_answers": same,
-        "loop_ms": loop_waits([engine, batching], questions),
+        "loop_ms": loop_waits([engine.aquery, batching.aquery], questions),
     }
 
 
-def loop_waits(
-    engines: Sequence[BaseQueryEngine], questions: Sequence[str]
-) -> dict[str, float | int]:
-    """How long an event loop waits while each engine answers all questions; milliseconds."""
+def loop_waits(asks: Sequence[Ask], questions: Sequence[str]) -> dict[str, float | int]:
+    """How long an event loop waits while each of them answers all questions; milliseconds."""
     loop = Loop()
     command = [sys.executable, "-c", IDLE, str(TICK)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as idle:
         try:
-            for engine in engines:
-                all_watched(engine, questions, loop)
+            for ask in asks:
+                all_watched(ask, questions, loop)
             longest = longest_idle(idle, loop.spans)
         finally:
             idle.kill()
@@ -253,7 +255,7 @@ def measured(
     batching = index.as_query_engine(attribution="none", llm=llm)
     stream = index.as_query_engine(attribution="none", streaming=True)
     return {
-        **streams(stream, rags, questions),
+        **streams(stream, rags, questions[:STREAMED]),
         "throughput": throughput(whole, batching, questions, rounds),
     }
 

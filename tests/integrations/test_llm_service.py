@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+import torch
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
@@ -20,6 +21,8 @@ from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import ChatMessage
 from llama_index_instrumentation import get_dispatcher
 
+from benchmarks.serving import Ask, Loop, all_at_once, all_watched
+from llama_index.indices.managed.mlpmem import MLPMemIndex
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_rag.memory_model import MemoryModel
 
@@ -37,32 +40,66 @@ def llm(chat_model: MemoryModel, request: pytest.FixtureRequest) -> MLPMemLLM:
 # Many at once.
 
 
-async def ticks(gaps: list[float]) -> None:
-    """Note how long the event loop kept a timer of a millisecond waiting."""
-    while True:
-        started = time.perf_counter()
-        await asyncio.sleep(0.001)
-        gaps.append(time.perf_counter() - started - 0.001)
-
-
 def test_32_requests_at_once_get_the_answers_they_get_alone(llm: MLPMemLLM) -> None:
-    started = time.perf_counter()
     alone = [llm.complete(question).text for question in QUESTIONS]
-    sequential = time.perf_counter() - started
     assert len(set(alone)) > 16
-    gaps: list[float] = []
+    assert all_at_once(llm.acomplete, QUESTIONS) == alone
 
-    async def together() -> list[str]:
-        ticking = asyncio.create_task(ticks(gaps))
-        answers = await asyncio.gather(*(llm.acomplete(question) for question in QUESTIONS))
-        ticking.cancel()
-        return [answer.text for answer in answers]
 
-    started = time.perf_counter()
-    assert asyncio.run(together()) == alone
-    assert time.perf_counter() - started < 1.5 * sequential  # equal, but for a busy machine
-    assert len(gaps) > 20
-    assert sorted(gaps)[int(len(gaps) * 0.95)] < 0.05
+def longest_wait(ask: Ask, questions: list[str]) -> float:
+    """Of the event loop while all are answered; in seconds."""
+    loop = Loop()
+    all_watched(ask, questions, loop)
+    return max(loop.waits)
+
+
+def check_waits(ask: Ask, plain: Callable[[str], object], questions: list[str]) -> None:
+    """The longest wait is under 50 ms, or not beyond that beside plain calls in threads.
+
+    A loop has nothing to do with those: what it waits then is this machine's other load, which
+    interrupts now the one and now the other, hence the factor and the tries.
+    """
+
+    async def in_a_thread(question: str) -> object:
+        return await asyncio.to_thread(plain, question)
+
+    waits = []
+    for _ in range(5):
+        beside = longest_wait(in_a_thread, questions)
+        waits.append((longest_wait(ask, questions), beside))
+        if waits[-1][0] < max(0.05, 2 * beside):
+            return
+    pytest.fail(f"the event loop had to wait, here and beside threads: {waits}")
+
+
+def test_a_call_that_blocks_the_event_loop_is_noticed() -> None:
+    async def blocking(_: str) -> None:
+        time.sleep(0.1)
+
+    with pytest.raises(pytest.fail.Exception, match="the event loop had to wait"):
+        check_waits(blocking, lambda _: None, QUESTIONS[:2])
+
+
+def test_32_requests_at_once_leave_the_event_loop_free(llm: MLPMemLLM) -> None:
+    check_waits(llm.acomplete, llm.complete, QUESTIONS)
+
+
+def test_answers_with_sources_leave_the_event_loop_free(
+    index: MLPMemIndex,
+    before_forward: Callable[[torch.nn.Module, Callable[[int], object]], None],
+) -> None:
+    engine = index.as_query_engine(llm=index.as_llm(max_new_tokens=4), attribution="eager")
+    threads: set[threading.Thread] = set()
+
+    def slowly(_: int) -> None:
+        threads.add(threading.current_thread())
+        time.sleep(0.1)
+
+    before_forward(index.llm.model.model.base, slowly)
+    check_waits(engine.aquery, engine.query, QUESTIONS[:4])
+    assert threads
+    assert threading.main_thread() not in threads
+    assert engine.query(QUESTIONS[0]).source_nodes
 
 
 def test_32_streams_at_once_do_not_mix(llm: MLPMemLLM) -> None:
