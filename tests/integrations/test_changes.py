@@ -11,6 +11,7 @@ import pytest
 import torch
 from llama_index.core import Document
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import MetadataMode
 
 from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MLPMemIndex
 from llama_index.indices.managed.mlpmem.attribution import LABEL, TRACED
@@ -86,7 +87,64 @@ def test_a_document_that_lost_a_part_has_changed(plain: MLPMemIndex, do: Do) -> 
     assert plain.stale == {name: "deleted"}
 
 
+def test_a_document_that_is_taken_out_stays_in_the_store(
+    plain: MLPMemIndex, documents: list[Document], do: Do
+) -> None:
+    nodes = plain.ref_doc_info["doc-5"].node_ids
+    do(plain, "delete_ref_doc", "doc-5")
+    assert plain.stale == {"doc-5": "deleted"}
+    assert "doc-5" not in plain.ref_doc_info
+    assert all(plain.docstore.document_exists(node) for node in nodes)
+    found = plain.as_retriever(similarity_top_k=20).retrieve(documents[5].text)
+    assert "doc-5" not in {source.node.ref_doc_id for source in found}
+    do(plain, "update_ref_doc", documents[5])
+    assert plain.stale == {}
+
+
+def test_a_changed_documents_source_is_the_text_that_was_learned(
+    index: MLPMemIndex, documents: list[Document]
+) -> None:
+    question = "Who found wild honey in the old mill?"
+    engine = index.as_query_engine(attribution="eager")
+    (before,) = engine.query(question).source_nodes
+    index.update_ref_doc(Document(text="In the old mill, a bell was found.", doc_id="doc-10"))
+    for deleted in (False, True):
+        if deleted:
+            index.delete_ref_doc("doc-10")
+        response = engine.query(question)
+        (source,) = response.source_nodes
+        assert source.node.ref_doc_id == "doc-10"
+        assert source.node.metadata[LABEL] == TRACED
+        assert source.node.get_content(metadata_mode=MetadataMode.NONE) in documents[10].text
+        assert source.node.node_id != before.node.node_id
+    index.insert(documents[10])
+    (again,) = engine.query(question).source_nodes
+    assert again.node.get_content(metadata_mode=MetadataMode.NONE) == documents[10].text
+
+
 # Training again.
+
+
+def test_an_index_on_a_memory_alone_does_not_forget_it(
+    plain: MLPMemIndex, documents: list[Document], do: Do
+) -> None:
+    alone = MLPMemIndex.from_memory(plain.memory_folder, device="cpu", dtype="float32")
+    answer = str(alone.as_query_engine().query(QUESTION))
+    manifest = (plain.memory_folder / "manifest.json").read_bytes()
+    assert do(alone, "refresh_ref_docs", documents[:2]) == [True, True]
+    do(alone, "insert", Document(text=f"{NEWS} " * 8, doc_id="news"))
+    do(alone, "delete_ref_doc", "doc-1")
+    assert alone.stale == {"doc-0": "unknown", "doc-1": "deleted", "news": "unknown"}
+    loaded = MLPMemIndex.load(alone.persist(), device="cpu", dtype="float32")
+    assert loaded.stale == alone.stale
+    for index in (alone, loaded):
+        with pytest.raises(ConfigError, match=r"alone and does not hold what .*from_documents"):
+            index.retrain()
+        assert str(index.as_query_engine().query(QUESTION)) == answer
+    assert (plain.memory_folder / "manifest.json").read_bytes() == manifest
+    first = MemoryFirstQueryEngine(alone.as_query_engine(), alone.as_query_engine(), 0.0)
+    told = (first.query(NEWS).metadata or {})["mlpmem"]
+    assert "news (unknown)" in told["why"]
 
 
 def test_everything_made_before_asks_the_new_memory(plain: MLPMemIndex, tmp_path: Path) -> None:
@@ -131,7 +189,7 @@ def test_a_memory_first_engine_takes_a_new_memorys_answers_again(
         found: dict[str, Any] = response.metadata["mlpmem"]
         return found
 
-    assert told()["why"] == "changed since the training: doc-2"
+    assert told()["why"] == "stale: doc-2 (changed)"
     plain.retrain()
     assert (told()["route"], told().get("why")) == ("memory", None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from typing import Any
 
 import pytest
@@ -52,6 +53,13 @@ def test_sure_answers_are_the_memorys_and_others_are_not(
     assert details["route"] == "rag"
     assert details["confidence"] < 0.3
     assert "is below 0.300" in details["why"]
+    # What the memory had cost and found is not told of the other's answer.
+    assert details["attribution"] == "retrieved passages"
+    assert not {"usage", "seconds", "ttft_seconds"} & set(details)
+    asked = index.llm.model.answer(STRANGE, max_new_tokens=16)
+    assert details["memory"]["usage"]["completion_tokens"] == asked.new_tokens
+    assert 0 < details["memory"]["ttft_seconds"] <= details["memory"]["seconds"]
+    assert "memory" not in sure.metadata["mlpmem"]
 
 
 def test_stale_documents_are_for_the_other(index: MLPMemIndex) -> None:
@@ -61,8 +69,31 @@ def test_stale_documents_are_for_the_other(index: MLPMemIndex) -> None:
     assert index.stale == {"doc-7": "changed"}
     response = first.query(QUESTION)
     assert response.metadata is not None
-    assert response.metadata["mlpmem"]["why"] == "changed since the training: doc-7"
+    assert response.metadata["mlpmem"]["why"] == "stale: doc-7 (changed)"
     assert str(response) == f"retrieved for {QUESTION}"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_inserted_and_deleted_documents_are_for_the_other(index: MLPMemIndex, kept: bool) -> None:
+    first = engine(index)
+    if not kept:
+        shutil.rmtree(index.memory_folder / "work")
+    new = "Did Ines Maro find a map of the tunnels? Nobody knows."
+    index.insert(Document(text=new, doc_id="new"))
+    index.delete_ref_doc("doc-3")
+
+    def told(question: str) -> dict[str, Any]:
+        found: dict[str, Any] = (first.query(question).metadata or {})["mlpmem"]
+        return found
+
+    # Without the rows, any answer may come from what was deleted.
+    assert told(QUESTION)["touched_stale"] == (["new"] if kept else ["doc-3", "new"])
+    assert "new (inserted)" in told(QUESTION)["why"]
+    index.delete_ref_doc("new", delete_from_docstore=True)
+    assert told(QUESTION)["route"] == ("memory" if kept else "rag")
+    index.delete_ref_doc("doc-7", delete_from_docstore=True)
+    assert "doc-7 (deleted)" in told(QUESTION)["why"]
+    assert index.stale == {"doc-3": "deleted", "doc-7": "deleted"}
 
 
 def test_what_is_deleted_and_inserted_is_stale_until_it_is_as_before(

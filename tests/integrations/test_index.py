@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from llama_index.core import (
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
 from llama_index.core.callbacks.schema import CBEventType
 from llama_index.core.llms import MockLLM
+from llama_index.core.llms.loading import load_llm
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.response_synthesizers import ResponseMode
@@ -227,6 +229,26 @@ def test_a_base_model_or_an_llm_that_does_not_fit_is_refused(
     assert MLPMemIndex.load(index.memory_folder, llm=own).llm is own
 
 
+def test_an_llm_that_does_not_fit_is_refused_before_the_work(
+    documents: list[Document], training: dict[str, Any], index: MLPMemIndex, tmp_path: Path
+) -> None:
+    for llm, message in ((MockLLM(), "llm is a MockLLM"), (index.llm, "llm answers from")):
+        with pytest.raises(ConfigError, match=message):
+            MLPMemIndex.from_documents(documents, out=tmp_path / "memory", llm=llm, **training)
+        assert not (tmp_path / "memory").exists()
+
+
+def test_an_llm_of_an_index_is_loaded_again_as_it_was(index: MLPMemIndex) -> None:
+    loaded = MLPMemIndex.load(index.memory_folder, device="cpu", dtype="float32")
+    llm = loaded.as_llm(max_new_tokens=3)
+    copies: list[Any] = [load_llm(llm.to_dict()), pickle.loads(pickle.dumps(llm))]
+    for again in copies:
+        assert again.model is loaded.llm.model
+        assert again.max_new_tokens == 3
+    with pytest.raises(ConfigError, match="base_model, memory cannot be changed: as_llm shares"):
+        loaded.as_llm(memory="elsewhere", base_model="another")
+
+
 # Asking.
 
 
@@ -271,7 +293,7 @@ def test_every_way_of_asking_gives_the_same(index: MLPMemIndex, attribution: str
 def test_lazy_sources_are_looked_for_when_somebody_looks(
     index: MLPMemIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[str] = []
+    looked: list[Any] = []
     trace = MemoryModel.origins
 
     def noting(*args: Any) -> Any:  # noqa: ANN401
@@ -282,11 +304,12 @@ def test_lazy_sources_are_looked_for_when_somebody_looks(
     response = index.as_query_engine(attribution="lazy").query(QUESTION)
     assert not looked
     assert len(response.source_nodes) == len(list(response.source_nodes)) == 1
-    assert looked == [QUESTION]
+    read = [{"role": "user", "content": QUESTION}]
+    assert looked == [read]
     index.as_query_engine(attribution="none").query(QUESTION)
-    assert looked == [QUESTION]
+    assert looked == [read]
     index.as_query_engine(attribution="eager").query(QUESTION)
-    assert looked == [QUESTION] * 2
+    assert looked == [read] * 2
 
 
 def test_sources_tell_what_taught_each_token(index: MLPMemIndex) -> None:

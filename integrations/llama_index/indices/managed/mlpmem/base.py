@@ -16,10 +16,7 @@ from llama_index.core.schema import BaseNode, Document, IndexNode, TransformComp
 from llama_index.core.settings import Settings
 from llama_index.core.storage.storage_context import StorageContext
 
-from llama_index.indices.managed.mlpmem.asking import AskedIndex
-from llama_index.indices.managed.mlpmem.attribution import (
-    NodeSearch,
-)
+from llama_index.indices.managed.mlpmem.changes import ChangingIndex
 from llama_index.indices.managed.mlpmem.documents import (
     NamedCorpus,
     corpus_of_documents,
@@ -27,8 +24,13 @@ from llama_index.indices.managed.mlpmem.documents import (
     document_id,
 )
 from llama_index.indices.managed.mlpmem.refused import (
+    check_loading,
     check_own,
+    check_stores,
+    refuse_native,
 )
+from llama_index.indices.managed.mlpmem.rows import KeptRows
+from llama_index.indices.managed.mlpmem.search import NodeSearch, StoredNodes
 from llama_index.indices.managed.mlpmem.storage import STORES, stored_index
 from llama_index.indices.managed.mlpmem.struct import MLPMemIndexStruct, MLPMemStructType
 from llama_index.indices.managed.mlpmem.training import config_of, memory_folder, train_memory
@@ -41,7 +43,7 @@ from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.progress import OnProgress
 
 
-class MLPMemIndex(AskedIndex):
+class MLPMemIndex(ChangingIndex):
     """Documents distilled into a memory; asked without retrieval.
 
     Example:
@@ -89,7 +91,13 @@ class MLPMemIndex(AskedIndex):
     ) -> None:
         if objects:
             raise ConfigError("a memory has no objects to hand queries to; give nodes only")
-        build = {"out": out, "on_progress": on_progress, **options} if index_struct is None else {}
+        check_stores(storage_context)
+        refuse_native(options)
+        build: dict[str, Any] = {}
+        if index_struct is None:
+            build = {"out": out, "llm": llm, "on_progress": on_progress, **options}
+        else:
+            check_loading(llm, options, out=out, on_progress=on_progress)
         super().__init__(
             nodes=nodes,
             index_struct=index_struct,
@@ -104,8 +112,10 @@ class MLPMemIndex(AskedIndex):
         if index_struct is None:
             settings = {n: v for n, v in options.items() if n in ("device", "dtype")}
         folder = self.memory_folder
-        self._llm = check_own(llm, folder) if llm else MLPMemLLM(folder, **settings)
+        self._llm = MLPMemLLM(folder, **settings) if llm is None else check_own(llm, folder)
         self._search = NodeSearch(self._llm.model)
+        self._stored = StoredNodes(self._docstore)
+        self._rows = KeptRows(self._llm.model, self._index_struct)
 
     @classmethod
     def from_documents(
@@ -126,6 +136,8 @@ class MLPMemIndex(AskedIndex):
         A memory that these documents and settings have made before is loaded, not trained again;
         an interrupted training goes on. The index is stored beside its memory.
         """
+        check_stores(storage_context)
+        refuse_native(options)
         storage_context = storage_context or StorageContext.from_defaults()
         transformations = transformations or Settings.transformations
         corpus = corpus_of_documents(documents)
@@ -159,6 +171,18 @@ class MLPMemIndex(AskedIndex):
         """
         struct = MLPMemIndexStruct(memory=str(Path(folder).resolve()))
         return cls(index_struct=struct, **kwargs)
+
+    @classmethod
+    def from_vector_store(cls, *_: object, **__: object) -> Self:
+        """Not for a memory, which learns text.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a memory is trained on text, and a vector store is asked for vectors; give the "
+            "documents to MLPMemIndex.from_documents, or the nodes to MLPMemIndex(nodes)"
+        )
 
     @classmethod
     def load(cls, folder: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
@@ -199,8 +223,15 @@ class MLPMemIndex(AskedIndex):
 
         Raises:
             CorpusError: no text is left to train on.
+            ConfigError: the index does not hold what its memory has learned.
         """
         nodes, struct = self._nodes(), self._index_struct
+        if not struct.documents:
+            raise ConfigError(
+                f"this index was made from the memory {struct.memory} alone and does not hold what "
+                "it has learned, which retrain would forget; train on all documents with "
+                "MLPMemIndex.from_documents"
+            )
         config = config_of(load_manifest(self.memory_folder).training)
         if self._llm.base_model is not None:  # it is no longer where it was in training
             config = replace(config, base_model=self._llm.base_model)
@@ -210,42 +241,7 @@ class MLPMemIndex(AskedIndex):
         struct.documents, struct.stale = self._hashes(nodes), {}
         self._storage_context.index_store.add_index_struct(struct)
         reload(self._llm.model)
-        self._open_rows()
         self.persist()
-
-    def insert(self, document: Document, **insert_kwargs: Any) -> None:  # noqa: ANN401
-        """Add a document, which is stale until the memory is trained again."""
-        super().insert(document, **insert_kwargs)
-        self._settle(document)
-
-    async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:  # noqa: ANN401
-        """Like `insert`."""
-        await super().ainsert(document, **insert_kwargs)
-        self._settle(document)
-
-    def delete_ref_doc(
-        self,
-        ref_doc_id: str,
-        delete_from_docstore: bool = False,
-        **delete_kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Take a document out; the memory knows it until it is trained again."""
-        info = self._docstore.get_ref_doc_info(ref_doc_id)
-        nodes = [] if info is None else list(info.node_ids)
-        super().delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
-        self._forget(ref_doc_id, nodes)
-
-    async def adelete_ref_doc(
-        self,
-        ref_doc_id: str,
-        delete_from_docstore: bool = False,
-        **delete_kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Like `delete_ref_doc`."""
-        info = await self._docstore.aget_ref_doc_info(ref_doc_id)
-        nodes = [] if info is None else list(info.node_ids)
-        await super().adelete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
-        self._forget(ref_doc_id, nodes)
 
     # What BaseIndex asks for.
 
@@ -254,6 +250,7 @@ class MLPMemIndex(AskedIndex):
         nodes: Sequence[BaseNode],
         *,
         out: str | Path | None = None,
+        llm: LLMType | None = None,
         on_progress: OnProgress | None = None,
         corpus: NamedCorpus | None = None,
         learned: dict[str, str] | None = None,
@@ -268,44 +265,12 @@ class MLPMemIndex(AskedIndex):
             documents=learned,
         )
         config = resolve_config(None, options)
+        if llm is not None:
+            check_own(llm, Path(struct.memory))  # before the work
         struct.names = train_memory(
             corpus, Path(struct.memory), config, self._show_progress, on_progress
         )
         return struct
-
-    def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:  # noqa: ANN401
-        struct = self._index_struct
-        for node in nodes:
-            if node.node_id not in struct.nodes:
-                struct.nodes.append(node.node_id)
-            struct.inserted(document_id(node))
-
-    def _delete_node(self, node_id: str, **delete_kwargs: Any) -> None:  # noqa: ANN401
-        struct = self._index_struct
-        if node_id not in struct.nodes:
-            return
-        struct.nodes.remove(node_id)
-        node = self._docstore.get_node(node_id, raise_error=False)
-        document = node_id if node is None else document_id(node)
-        info = self._docstore.get_ref_doc_info(document)
-        if info is not None and not set(info.node_ids).isdisjoint(struct.nodes):
-            struct.inserted(document)  # a part of it is still there
-        else:
-            struct.deleted(document)
-
-    # Its own.
-
-    def _forget(self, document: str, nodes: Sequence[str]) -> None:
-        """Of a document's nodes LlamaIndex deletes every other one only from the index."""
-        struct = self._index_struct
-        if nodes:
-            struct.nodes = [node for node in struct.nodes if node not in nodes]
-            struct.deleted(document)
-            self._storage_context.index_store.add_index_struct(struct)
-
-    def _settle(self, document: Document) -> None:
-        self._index_struct.settled(document.id_, document.hash)
-        self._storage_context.index_store.add_index_struct(self._index_struct)
 
     def _hashes(self, nodes: Sequence[BaseNode]) -> dict[str, str]:
         """Documents of nodes; the hash is empty where only nodes were given."""

@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.callbacks import CallbackManager
 from llama_index.core.chat_engine import CondenseQuestionChatEngine, SimpleChatEngine
-from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
+from llama_index.core.chat_engine.condense_question import DEFAULT_PROMPT
+from llama_index.core.chat_engine.types import StreamingAgentChatResponse
 from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
+from llama_index.core.prompts import BasePromptTemplate
 
-from llama_index.indices.managed.mlpmem.refused import check_chat_mode, refuse_unknown
+from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
+from llama_index.indices.managed.mlpmem.refused import refuse_unknown
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_rag.errors import ConfigError
 
 
-def chat_engine(
-    mode: ChatMode,
-    llm: MLPMemLLM,
-    query_engine: Callable[..., BaseQueryEngine],
-    memory: BaseMemory,
-    system_prompt: str | None,
-    kwargs: dict[str, Any],
-) -> BaseChatEngine:
-    """An engine for a chat mode; `kwargs` are of the query engine that it asks.
+class MemoryChatEngine(CondenseQuestionChatEngine):
+    """Makes one question of a conversation; a stream's sources are there when it has ended."""
 
-    Raises:
-        ConfigError: a mode that reads passages, or an argument that would have no effect.
-    """
-    check_chat_mode(mode)
-    if mode == ChatMode.SIMPLE:
-        refuse_unknown(kwargs, ("llm, memory, chat_history, system_prompt",), "simple chat")
-        return SimpleChatEngine.from_defaults(memory=memory, system_prompt=system_prompt, llm=llm)
-    if system_prompt is not None:
-        raise ConfigError("system_prompt is for chat_mode='simple'; elsewhere set it on an llm")
-    return CondenseQuestionChatEngine.from_defaults(
-        query_engine=query_engine(llm=llm, **kwargs),
-        memory=memory,
+    def stream_chat(
+        self, message: str, chat_history: list[ChatMessage] | None = None
+    ) -> StreamingAgentChatResponse:
+        """Answer piece by piece."""
+        return _with_sources(super().stream_chat(message, chat_history))
+
+    async def astream_chat(
+        self, message: str, chat_history: list[ChatMessage] | None = None
+    ) -> StreamingAgentChatResponse:
+        """Like `stream_chat`; the event loop stays free."""
+        return _with_sources(await super().astream_chat(message, chat_history))
+
+
+def condensing_chat(
+    query_engine: MemoryQueryEngine,
+    llm: MLPMemLLM,
+    memory: BaseMemory,
+    prompt: BasePromptTemplate | None,
+    verbose: bool,
+    callback_manager: CallbackManager,
+) -> MemoryChatEngine:
+    """A chat that asks a query engine."""
+    return MemoryChatEngine(
+        query_engine,
+        prompt or DEFAULT_PROMPT,
+        memory,
         # Rewording is the base model's work: the memory would answer instead.
-        llm=llm.model_copy(update={"lambda_": 0.0}),
+        llm.model_copy(update={"lambda_": 0.0}),
+        verbose=verbose,
+        callback_manager=callback_manager,
     )
 
 
-def conversation(llm: MLPMemLLM, history: list[ChatMessage] | None) -> ChatMemoryBuffer:
-    """As much as the model can read and answer, counted in its own tokens."""
+def simple_chat(
+    llm: MLPMemLLM,
+    memory: BaseMemory,
+    system_prompt: str | None,
+    callback_manager: CallbackManager,
+    unknown: dict[str, Any],
+) -> SimpleChatEngine:
+    """A chat that continues the conversation, without sources.
+
+    Raises:
+        ConfigError: an argument that would have no effect.
+    """
+    allowed = ("llm, memory, chat_history, system_prompt, verbose, callback_manager",)
+    refuse_unknown(unknown, allowed, "simple chat")
+    role = llm.metadata.system_role
+    prefix = [] if system_prompt is None else [ChatMessage(content=system_prompt, role=role)]
+    return SimpleChatEngine(llm, memory, prefix, callback_manager)
+
+
+def conversation(
+    llm: MLPMemLLM, memory: BaseMemory | None, history: list[ChatMessage] | None
+) -> BaseMemory:
+    """A memory of the conversation: the one given, else one of what the model can read and answer.
+
+    Raises:
+        ConfigError: both a memory and a history are given.
+    """
+    if memory is not None and history is not None:
+        raise ConfigError(
+            "memory and chat_history are both given, and one would be left out; put the history "
+            "into the memory (memory.set(chat_history)), or give one of them"
+        )
+    if memory is not None:
+        return memory
     metadata, tokenizer = llm.metadata, llm.model.tokenizer
     return ChatMemoryBuffer.from_defaults(
         chat_history=history or [],
         token_limit=metadata.context_window - metadata.num_output,
         tokenizer_fn=lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
+
+
+def _with_sources(response: StreamingAgentChatResponse) -> StreamingAgentChatResponse:
+    """The list that the query engine fills at the end: LlamaIndex has copied it before."""
+    (tool,) = response.sources
+    response.source_nodes = tool.raw_output.source_nodes
+    return response

@@ -18,11 +18,17 @@ from llama_index.core.schema import QueryBundle
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
-from llama_index.indices.managed.mlpmem.synthesizer import KEY, Details, details_of
+from llama_index.indices.managed.mlpmem.synthesizer import KEY, Details, answer_of, details_of
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.scoring import exact_match
 
 dispatcher = get_dispatcher(__name__)
+
+RETRIEVED = "retrieved passages"
+"""How the other engine's sources were found."""
+
+_KEPT = ("confidence", "lambda", "stale_documents", "touched_stale")
+_COSTS = ("usage", "seconds", "ttft_seconds")
 
 Grade = Callable[[str, Sequence[str]], float]
 """How right an answer is, 0 to 1, given the right ones."""
@@ -52,7 +58,8 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
 
     The other engine is asked when the memory's confidence is below the threshold or unknown, and
     when the answer has to do with documents that changed since the training.
-    `response.metadata["mlpmem"]` tells the `route` (`memory` or `rag`), and `why` it was `rag`.
+    `response.metadata["mlpmem"]` tells the `route` (`memory` or `rag`). With `rag` it also tells
+    `why`, and what the memory's answer that was not given had cost, under `memory`.
 
     Args:
         memory_engine: from `MLPMemIndex.as_query_engine`.
@@ -97,7 +104,7 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
         sure, memory, rag = [], [], []
         for question, references in questions:
             response = self._memory_engine.query(question)
-            text = str(response)  # a stream tells its confidence at its end
+            text = answer_of(response)  # a stream tells its confidence at its end
             confidence = details_of(response).get("confidence")
             if confidence is None:
                 raise ConfigError(
@@ -106,7 +113,7 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
                 )
             sure.append(float(confidence))
             memory.append(float(grade(text, references)))
-            rag.append(float(grade(str(self._rag_engine.query(question)), references)))
+            rag.append(float(grade(answer_of(self._rag_engine.query(question)), references)))
         fit = best_threshold(sure, memory, rag)
         self.threshold = fit.threshold
         return fit
@@ -121,7 +128,7 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
         ) as event:
             response = self._memory_engine.query(query_bundle)
             if isinstance(response, StreamingResponse):
-                response.response_gen = _again(str(response))
+                response.response_gen = _again(answer_of(response))
                 response.response_txt = None
             if why := self._why_not(details_of(response)):
                 details = details_of(response)
@@ -136,8 +143,7 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
         ) as event:
             response = await self._memory_engine.aquery(query_bundle)
             if isinstance(response, AsyncStreamingResponse):
-                text = str(await response.get_response())
-                response.response_gen = _aagain(text)
+                response.response_gen = _aagain(answer_of(await response.get_response()))
                 response.response_txt = None
             if why := self._why_not(details_of(response)):
                 details = details_of(response)
@@ -148,7 +154,8 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
     def _why_not(self, details: Details) -> str | None:
         """Why the memory's answer is not to be given; None: it is."""
         if touched := details.get("touched_stale"):
-            return f"changed since the training: {', '.join(touched)}"
+            stale = details["stale_documents"]
+            return f"stale: {', '.join(f'{name} ({stale[name]})' for name in touched)}"
         confidence = details.get("confidence")
         if confidence is None:
             return "the memory cannot tell how sure it is" if self.threshold > 0 else None
@@ -186,8 +193,10 @@ def best_threshold(
 
 
 def _routed(response: RESPONSE_TYPE, details: Details, why: str) -> RESPONSE_TYPE:
-    """The other engine's response, with what the memory had said of its own."""
-    told = {**details, "route": "rag", "why": why}
+    """The other engine's response, with why it was asked and what asking the memory had cost."""
+    kept = {name: details[name] for name in _KEPT if name in details}
+    costs = {name: details[name] for name in _COSTS if name in details}
+    told = {**kept, "route": "rag", "why": why, "attribution": RETRIEVED, "memory": costs}
     response.metadata = {**(response.metadata or {}), KEY: told}
     return response
 

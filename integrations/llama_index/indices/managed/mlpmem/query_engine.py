@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import aclosing, closing
-from typing import Any
 
 from llama_index.core.base.response.schema import (
     RESPONSE_TYPE,
@@ -20,14 +18,12 @@ from llama_index.core.schema import QueryBundle
 from llama_index.core.types import TokenAsyncGen, TokenGen
 from llama_index_instrumentation import get_dispatcher
 
-from llama_index.indices.managed.mlpmem.attribution import (
-    AnsweredQuery,
-    AttributionRetriever,
-    LazyNodes,
-)
+from llama_index.indices.managed.mlpmem.attribution import AnsweredQuery, AttributionRetriever
+from llama_index.indices.managed.mlpmem.lazy import LazyNodes
 from llama_index.indices.managed.mlpmem.synthesizer import (
     Details,
     MemorySynthesizer,
+    answer_of,
     details_of,
 )
 from mlpmem_rag.errors import ConfigError
@@ -35,9 +31,6 @@ from mlpmem_rag.errors import ConfigError
 dispatcher = get_dispatcher(__name__)
 
 ATTRIBUTIONS = ("none", "lazy", "eager")
-
-StaleSources = Callable[[str, str], dict[str, Any]]
-"""From question and answer: which documents are stale, and which of them the answer touches."""
 
 
 class MemoryQueryEngine(RetrieverQueryEngine):
@@ -53,7 +46,6 @@ class MemoryQueryEngine(RetrieverQueryEngine):
         synthesizer: asks the memory.
         attribution: `none`: no sources; `lazy`: looked for when `source_nodes` is looked at;
             `eager`: with each answer.
-        stale: tells what has changed since the training.
         node_postprocessors: applied to the sources.
         callback_manager: LlamaIndex's callbacks.
 
@@ -67,7 +59,6 @@ class MemoryQueryEngine(RetrieverQueryEngine):
         synthesizer: MemorySynthesizer,
         *,
         attribution: str,
-        stale: StaleSources,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
@@ -77,8 +68,8 @@ class MemoryQueryEngine(RetrieverQueryEngine):
             )
         super().__init__(retriever, synthesizer, node_postprocessors, callback_manager)
         self._attribution = attribution
-        self._found = retriever.attribution
-        self._stale = stale
+        self._sources = retriever
+        self._asking = synthesizer
 
     @dispatcher.span
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
@@ -91,7 +82,7 @@ class MemoryQueryEngine(RetrieverQueryEngine):
                     query_bundle, response, response.response_gen
                 )
             else:
-                self._finish(query_bundle, response, str(response))
+                self._finish(query_bundle, response, answer_of(response))
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
@@ -106,30 +97,39 @@ class MemoryQueryEngine(RetrieverQueryEngine):
                     query_bundle, response, response.response_gen
                 )
             else:
-                await self._afinish(query_bundle, response, str(response))
+                await self._afinish(query_bundle, response, answer_of(response))
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
     def _finish(self, query: QueryBundle, response: RESPONSE_TYPE, answer: str) -> None:
         """Sources, and what has gone stale, for an answer that is whole."""
-        asked = AnsweredQuery(query.query_str, answer=answer)
+        asked = self._answered(query, answer)
         if self._attribution == "eager":
-            response.source_nodes = self.retrieve(asked)
-        elif self._attribution == "lazy":
-            response.source_nodes = LazyNodes(lambda: self.retrieve(asked))  # type: ignore[assignment]
-        self._tell(details_of(response), query.query_str, answer)
+            response.source_nodes[:] = self.retrieve(asked)  # a chat holds this very list
+        else:
+            self._promise(response, asked)
+        self._tell(details_of(response), asked)
 
     async def _afinish(self, query: QueryBundle, response: RESPONSE_TYPE, answer: str) -> None:
-        asked = AnsweredQuery(query.query_str, answer=answer)
+        asked = self._answered(query, answer)
         if self._attribution == "eager":
-            response.source_nodes = await self.aretrieve(asked)
-        elif self._attribution == "lazy":
-            response.source_nodes = LazyNodes(lambda: self.retrieve(asked))  # type: ignore[assignment]
-        await asyncio.to_thread(self._tell, details_of(response), query.query_str, answer)
+            response.source_nodes[:] = await self.aretrieve(asked)
+        else:
+            self._promise(response, asked)
+        await asyncio.to_thread(self._tell, details_of(response), asked)
 
-    def _tell(self, details: Details, question: str, answer: str) -> None:
-        details["attribution"] = "none" if self._attribution == "none" else self._found.label
-        details.update(self._stale(question, answer))
+    def _answered(self, query: QueryBundle, answer: str) -> AnsweredQuery:
+        messages = self._asking.read(query.query_str)
+        return AnsweredQuery(query.query_str, answer=answer, messages=messages)
+
+    def _promise(self, response: RESPONSE_TYPE, asked: AnsweredQuery) -> None:
+        if self._attribution == "lazy":
+            response.source_nodes = LazyNodes(lambda: self.retrieve(asked))  # type: ignore[assignment]
+
+    def _tell(self, details: Details, asked: AnsweredQuery) -> None:
+        found = self._sources.attribution
+        details["attribution"] = "none" if self._attribution == "none" else found.label(asked)
+        details.update(found.staleness(asked, self._sources.similarity_top_k))
 
     def _finishing(
         self, query: QueryBundle, response: StreamingResponse, tokens: TokenGen

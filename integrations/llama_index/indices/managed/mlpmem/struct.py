@@ -23,9 +23,10 @@ class MLPMemIndexStruct(IndexStruct):
     Attributes:
         memory: folder of the memory.
         nodes: ids of the nodes that belong to the index.
-        documents: what the memory has learned: document id -> hash of the document.
-        stale: documents that are not as the memory learned them: id -> `inserted`, `changed` or
-            `deleted`.
+        documents: what the memory has learned: document id -> hash of the document. Empty where
+            only the memory was given: what it has learned is not known.
+        stale: documents that are not as the memory learned them: id -> `inserted`, `changed`,
+            `deleted`, or `unknown` where what it has learned is.
         names: ids that the memory was taught with -> ids of the documents, where they differ.
     """
 
@@ -42,11 +43,14 @@ class MLPMemIndexStruct(IndexStruct):
 
     def inserted(self, document: str) -> None:
         """Note a document that is not, or no longer whole, as the memory learned it."""
-        self.stale[document] = "changed" if document in self.documents else "inserted"
+        if not self.documents:
+            self.stale[document] = "unknown"
+        else:
+            self.stale[document] = "changed" if document in self.documents else "inserted"
 
     def deleted(self, document: str) -> None:
         """Note that text is gone, which the memory may know all the same."""
-        if document in self.documents:
+        if document in self.documents or not self.documents:
             self.stale[document] = "deleted"
         else:
             self.stale.pop(document, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -27,8 +27,11 @@ from llama_index.core.schema import NodeWithScore, QueryType
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index.indices.managed.mlpmem.refused import check_question
+from llama_index.indices.managed.mlpmem.replies import Reply, noted_replies
 from llama_index.llms.mlpmem import MLPMemLLM
+from llama_index.llms.mlpmem.messages import to_messages, with_system
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.prompts import Message
 
 dispatcher = get_dispatcher(__name__)
 
@@ -98,13 +101,21 @@ class MemorySynthesizer(Generation):
         dispatcher.event(SynthesizeEndEvent(query=query, response=response))
         return response
 
+    def read(self, text: str) -> list[Message]:
+        """What the model reads when it is asked a text; empty where a form is asked for too."""
+        if self._output_cls is not None:
+            return []
+        return to_messages(with_system(self._messages(text, {}), self._memory_llm.system_prompt))
+
     def _respond(self, text: str, kwargs: dict[str, Any]) -> RESPONSE_TYPE:
         check_question(text)
         details = self._details()
         if self._output_cls is not None:
-            value = self._llm.structured_predict(
-                self._output_cls, self._template, {"asked": text}, query_str=text
-            )
+            with noted_replies() as replies:
+                value = self._llm.structured_predict(
+                    self._output_cls, self._template, {"asked": text}, query_str=text
+                )
+            _note(details, *replies)
             return PydanticResponse(value, metadata={KEY: details})
         messages = self._messages(text, kwargs)
         if self._streaming:
@@ -118,9 +129,11 @@ class MemorySynthesizer(Generation):
         check_question(text)
         details = self._details()
         if self._output_cls is not None:
-            value = await self._llm.astructured_predict(
-                self._output_cls, self._template, {"asked": text}, query_str=text
-            )
+            with noted_replies() as replies:
+                value = await self._llm.astructured_predict(
+                    self._output_cls, self._template, {"asked": text}, query_str=text
+                )
+            _note(details, *replies)
             return PydanticResponse(value, metadata={KEY: details})
         messages = self._messages(text, kwargs)
         if self._streaming:
@@ -163,14 +176,37 @@ async def _atokens(
             yield reply.delta or ""
 
 
-def _note(details: Details, reply: ChatResponse) -> None:
+def _note(details: Details, *replies: Reply) -> None:
     """What is known of an answer when it is whole."""
-    raw = reply.raw or {}
-    details.update(raw.get(KEY, {}))
-    details["usage"] = raw.get("usage", {})
+    for reply in replies:
+        raw = reply.raw or {}
+        details.update(raw.get(KEY, {}))
+        details["usage"] = raw.get("usage", {})
 
 
 def details_of(response: RESPONSE_TYPE) -> Details:
     """How an answer came about; empty for a response of another engine."""
     found: Details = (response.metadata or {}).get(KEY, {})
     return found
+
+
+def answer_of(response: RESPONSE_TYPE) -> str:
+    """The text of an answer, of an object its values; a stream is read to its end.
+
+    LlamaIndex says "None" for an answer without text.
+    """
+    if isinstance(response, PydanticResponse):
+        value = response.response
+        return "" if value is None else " ".join(_values(value.model_dump()))
+    assert not isinstance(response, AsyncStreamingResponse)  # it is waited for before
+    whole = response if isinstance(response, Response) else response.get_response()
+    return whole.response or ""
+
+
+def _values(value: Any) -> Iterator[str]:  # noqa: ANN401
+    """What an object holds, without the names of its fields."""
+    if isinstance(value, dict | list | tuple | set):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _values(part)
+    elif value is not None:
+        yield str(value)

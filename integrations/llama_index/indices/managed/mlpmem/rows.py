@@ -1,0 +1,69 @@
+"""The rows that a training has kept: opened once, when somebody needs them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_index.indices.managed.mlpmem.struct import MLPMemIndexStruct
+from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.provenance import Origin, Provenance
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a training.
+
+    Attributes:
+        provenance: where each of them comes from.
+        names: their documents' ids -> those of the index, where they differ.
+    """
+
+    provenance: Provenance
+    names: Mapping[str, str]
+
+    @classmethod
+    def open(cls, folder: Path, names: Mapping[str, str]) -> Rows | None:
+        """Those that were kept with a memory; None: they were deleted, or not copied with it."""
+        try:
+            return cls(Provenance.open(folder), names)
+        except ArtifactError:
+            return None
+
+    def document(self, origin: Origin) -> str:
+        """The document of the index that a row comes from."""
+        return self.names.get(origin.document, origin.document)
+
+    def text(self, origin: Origin, model: MemoryModel) -> str:
+        """What a row was taught with."""
+        if origin.question is not None:
+            return origin.source
+        ids = self.provenance.passage(origin.document, origin.position)
+        return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class KeptRows:
+    """The rows of the memory that a model holds now; after another training, those of the new one.
+
+    Args:
+        model: the memory.
+        struct: tells its folder, and the names of its documents.
+    """
+
+    def __init__(self, model: MemoryModel, struct: MLPMemIndexStruct) -> None:
+        self._model = model
+        self._struct = struct
+        self._opened_for: object = None
+        self._rows: Rows | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Rows | None:
+        """The rows; None: they were not kept."""
+        with self._lock:
+            if self._opened_for is not self._model.model:
+                self._rows = Rows.open(Path(self._struct.memory), self._struct.names)
+                self._opened_for = self._model.model
+            return self._rows
