@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from llama_index.core import Settings
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.base import BaseLLM
@@ -171,3 +172,53 @@ def test_a_querys_tokens_are_counted_once(index: MLPMemIndex, streaming: bool) -
     assert counted.prompt_token_count == answer.prompt_tokens
     assert counted.completion_token_count == answer.new_tokens
     assert counter.total_embedding_token_count == 0
+
+
+@pytest.fixture
+def no_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LlamaIndex's settings hear nothing yet, and what a test sets is undone after it."""
+    monkeypatch.setattr(Settings, "_callback_manager", None)
+
+
+def counting() -> tuple[TokenCountingHandler, CallbackManager]:
+    counter = TokenCountingHandler(tokenizer=str.split)
+    return counter, CallbackManager([counter])
+
+
+@pytest.mark.usefixtures("no_manager")
+@pytest.mark.parametrize("given", ["settings", "index", "engine"])
+def test_whoever_is_to_hear_hears_the_indexs_calls(index: MLPMemIndex, given: str) -> None:
+    counter, manager = counting()
+    llm, late = index.as_llm(max_new_tokens=16), None
+    if given == "settings":
+        Settings.callback_manager = manager  # after the index was made
+    elif given == "index":
+        index = MLPMemIndex.load(
+            index.memory_folder, device="cpu", max_new_tokens=16, callback_manager=manager
+        )
+        llm = index.as_llm(max_new_tokens=16)
+    else:
+        late = manager
+    answer = index.llm.model.answer(QUESTION, max_new_tokens=16)
+    asks: list[Callable[[], Any]] = [
+        lambda: index.as_query_engine(callback_manager=late).query(QUESTION),
+        lambda: index.as_query_engine(llm=llm, callback_manager=late).query(QUESTION),
+        lambda: index.as_chat_engine(callback_manager=late).chat(QUESTION),
+        lambda: index.as_chat_engine("simple", llm, callback_manager=late).chat(QUESTION),
+    ]
+    for number, ask_it in enumerate(asks, start=1):
+        assert str(ask_it()) == answer.text
+        assert len(counter.llm_token_counts) == number
+        assert counter.llm_token_counts[-1].prompt_token_count == answer.prompt_tokens
+    assert manager is not index.llm.callback_manager  # nobody's LLM was changed
+    assert manager is not llm.callback_manager
+
+
+@pytest.mark.usefixtures("no_manager")
+def test_an_llms_own_handlers_stay_the_only_ones(index: MLPMemIndex) -> None:
+    (counter, manager), (other, others) = counting(), counting()
+    llm = index.as_llm(max_new_tokens=16, callback_manager=manager)
+    index.as_query_engine(llm=llm, callback_manager=others).query(QUESTION)
+    assert len(counter.llm_token_counts) == 1
+    assert not other.llm_token_counts
+    assert llm.callback_manager is manager
