@@ -202,7 +202,7 @@ def added_peak(arm: str, folder: Path, device: str, rows: int, config: MemoryCon
     """Bytes that three steps need at most, the memory and its optimiser included."""
     drawn = _drawn(folder, rows)
     before = held_bytes(device)
-    with metered() as reading:
+    with metered(device) as reading:
         (one,) = arms(config, folder, device, (arm,))
         for _ in range(3):
             one.step(drawn)

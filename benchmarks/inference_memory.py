@@ -68,7 +68,7 @@ def text_arm(options: argparse.Namespace) -> tuple[Any, dict[str, Any], int]:
 
 def run_arm(options: argparse.Namespace) -> dict[str, int]:
     """In a process that has done nothing before."""
-    with metered() as reading:
+    with metered(options.device) as reading:
         load = {"base": base_arm, "vector": vector_arm, "text": text_arm}[options.arm]
         model, given, added = load(options)
         ids = torch.arange(5, 5 + options.prompt, device=options.device)[None]

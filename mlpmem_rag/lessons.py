@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,12 @@ CONTEXT_SHARE = 0.5
 """Share of the text rows that are told the text before them; the others know no request."""
 
 
+def queued(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device; a GPU fetches it when it gets there, and nothing waits for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Columns:
     """Columns of a memory's head by token id; 0 for tokens that the memory does not know."""
 
@@ -38,7 +44,7 @@ class Columns:
 
     def of(self, token_ids: npt.NDArray[np.int32]) -> Tensor:
         """*Shape:* any -> the same."""
-        return torch.from_numpy(self._columns[token_ids]).to(self.device)
+        return queued(self._columns[token_ids], self.device)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class TextLesson:
     def batch(self, rows: Rows, generator: torch.Generator) -> Batch:
         """Keys as they are, with the text before them for some."""
         columns = self._columns.of(self._targets.token_ids[rows])
-        probs = torch.from_numpy(self._targets.probs[rows].astype(np.float32)).to(columns.device)
+        probs = queued(self._targets.probs[rows].astype(np.float32), columns.device)
         keys, next_columns = self.keys_and_next(rows)
         targets = distillation_targets(columns, probs, next_columns, self._alpha)
         return Batch(keys, self._queries(rows, generator), targets)
@@ -104,13 +110,13 @@ class TextLesson:
         if self._contexts is None:
             return None
         vectors = self._contexts.vectors[self._contexts.blocks[rows]]
-        queries = torch.from_numpy(vectors).to(self._columns.device)
+        queries = queued(vectors, self._columns.device)
         told: Tensor = queries * (_uniform(queries, generator) < CONTEXT_SHARE)
         return told
 
     def keys_and_next(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Keys (R, D) and columns of the true next tokens (R,)."""
-        keys = torch.from_numpy(self._datastore.keys(rows)).to(self._columns.device)
+        keys = queued(self._datastore.keys(rows), self._columns.device)
         return keys, self._columns.of(self._datastore.next_tokens[rows])
 
     @torch.inference_mode()
@@ -212,7 +218,7 @@ class StudyLesson:
         config = self._config
         keys, queries, next_columns = self.inputs(rows)
         places = self._study.sources[self._study.questions[rows]]
-        sources = self._sources[torch.from_numpy(places).to(keys.device)]
+        sources = self._sources[queued(places, keys.device)]
         queries = towards(queries, sources, config.source_share, generator)
         queries = F.normalize(with_noise(queries, config.query_noise, generator), dim=-1)
         keys = with_noise(keys, config.hidden_noise, generator)
@@ -221,8 +227,8 @@ class StudyLesson:
     def inputs(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (R, D), query vectors (R, Q), columns of the answers' tokens (R,)."""
         device = self._columns.device
-        keys = torch.from_numpy(self._study.keys[rows].astype(np.float32)).to(device)
-        questions = torch.from_numpy(self._study.questions[rows]).to(device)
+        keys = queued(self._study.keys[rows].astype(np.float32), device)
+        questions = queued(self._study.questions[rows], device)
         return keys, self._queries[questions], self._columns.of(self._study.next_tokens[rows])
 
 

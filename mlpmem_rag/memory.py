@@ -201,7 +201,8 @@ class Memory(nn.Module):
         if not self.config.num_prototypes:
             return [0.0] * len(query)
         nearest = (query.to(self.prototypes) @ self.prototypes.T).max(-1).values
-        return [float(cosine) for cosine in nearest]
+        cosines: list[float] = nearest.tolist()
+        return cosines
 
     def log_probs(
         self, hidden: Tensor, query: Tensor | None = None, temperature: float = 1.0

@@ -29,11 +29,13 @@ class RunSettings:
         concurrency: questions that an arm has at the same time.
         warm_up: questions asked of every arm before, whose answers are thrown away.
         common: what the answers of all arms depend on besides their own settings.
+        device: where the arms compute, whose memory is metered.
     """
 
     concurrency: int = 1
     warm_up: int = 2
     common: dict[str, Any] | None = None
+    device: str = "cpu"
 
 
 def run_comparison(
@@ -75,7 +77,7 @@ def run_comparison(
         for arm, group in _turns(arms, questions, settings.concurrency):
             missing = [q for q in group if (arm.name, q.id) not in done]
             if missing:
-                answers = _ask_group(arm, missing, recorder, pool)
+                answers = _ask_group(arm, missing, recorder, pool, settings.device)
                 rows = [replace(row, key=keys[arm.name, row.question]) for row in answers]
                 append_rows(rows_path, rows)
                 done.update({(row.arm, row.question): row for row in rows})
@@ -127,9 +129,10 @@ def _ask_group(
     questions: Sequence[EvalQuestion],
     recorder: LatencyRecorder,
     pool: ThreadPoolExecutor,
+    device: str,
 ) -> list[Row]:
     alone = len(questions) == 1
-    with metered() as reading:
+    with metered(device) as reading:
         started = recorder.now()
         if alone:
             rows = [_ask(arm, questions[0], recorder, alone=True)]

@@ -176,7 +176,12 @@ def compare_arms(
         [arm.answerer for arm in arms],
         questions,
         rows_path,
-        RunSettings(config.concurrency, config.warm_up, {"machine": settings["machine"]}),
+        RunSettings(
+            config.concurrency,
+            config.warm_up,
+            {"machine": settings["machine"]},
+            str(memory.model.device),
+        ),
         on_progress=on_progress,
     )
     found = Judgements({}, 0)

@@ -56,7 +56,8 @@ class NeighborMemory(torch.nn.Module):
         self._centre = key_centre(datastore, rows)
         self._exact = len(rows) <= FLAT_MAX_ROWS
         make = flat_index if self._exact else ivfpq_index
-        self._index: Any = make(datastore, rows, self._centre)
+        device = memory.corpus_tokens.device
+        self._index: Any = make(datastore, rows, self._centre, device)
         self._datastore = datastore
         self.tau, self.k = tau, min(k, len(rows))
         self._columns = _columns(memory, datastore.next_tokens)

@@ -22,7 +22,7 @@ class Reading:
     """Filled when the stretch has ended.
 
     Attributes:
-        peak_bytes: most memory of the process, or of the GPU where there is one; None: unknown.
+        peak_bytes: most memory of the process, or of the GPU that it computes on; None: unknown.
         joules: energy of the whole machine's processors and GPUs; None: unknown.
     """
 
@@ -31,14 +31,14 @@ class Reading:
 
 
 @contextmanager
-def metered() -> Iterator[Reading]:
-    """Measure what happens in the block."""
-    reading = Reading()
-    _reset_peak()
+def metered(device: str | torch.device = "cpu") -> Iterator[Reading]:
+    """Measure what happens in the block, which computes on the device."""
+    reading, place = Reading(), torch.device(device)
+    _reset_peak(place)
     counters = energy_counters()
     before = [(read, read()) for read, _ in counters]
     yield reading
-    reading.peak_bytes = _peak()
+    reading.peak_bytes = _peak(place)
     reading.joules = _spent(before, [size for _, size in counters])
 
 
@@ -88,18 +88,18 @@ def _spent(before: list[tuple[Callable[[], float], float]], sizes: list[float]) 
     return sum(s if s >= 0 else s + size for s, size in zip(spent, sizes, strict=True))
 
 
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError:
         return  # another system
 
 
-def _peak() -> int | None:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:

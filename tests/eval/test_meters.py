@@ -79,10 +79,14 @@ def test_on_a_machine_that_does_not_tell_there_is_no_peak(
 
 
 def test_a_gpu_tells_its_own_peak(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345)
-    with metered() as reading:
-        assert calls == ["reset"]
+    there = torch.device("cuda:1")
+    calls: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {there: 12_345}[device])
+    with metered("cuda:1") as reading:
+        assert calls == [there]
     assert reading.peak_bytes == 12_345
+    with metered("cpu") as reading:
+        pass
+    assert calls == [there], "a GPU that is not computed on is not asked"
+    assert reading.peak_bytes != 12_345
