@@ -83,10 +83,13 @@ class HiddenTap:
         """Capture during the `with` block; forward passes of other threads are not seen."""
         owner = threading.get_ident()
 
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A pass of another thread can meet the hook half registered, and then gives no kwargs.
+        def capture(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        ) -> None:
             if threading.get_ident() != owner:
                 return
-            self._state = _input(args, kwargs)
+            self._state = _input(args, kwargs or {})
             if self._stop:
                 raise _ReachedTap
 

@@ -135,6 +135,28 @@ def test_another_thread_does_not_see_the_capture(tiny_backbone: Backbone) -> Non
     torch.testing.assert_close(found[0], expected_theirs)
 
 
+def test_another_thread_runs_past_a_capture_half_registered(tiny_backbone: Backbone) -> None:
+    """torch notes first that there is a hook, and then that it wants keyword arguments."""
+    mlp, batch = tiny_backbone.mlp, tokens(1, 8)
+    found: list[Tensor] = []
+
+    def theirs() -> None:
+        with torch.no_grad():
+            found.append(tiny_backbone.model(input_ids=batch[0], attention_mask=batch[1]).logits)
+
+    theirs()
+    with HiddenTap(mlp).listen() as tap:
+        noted = mlp._forward_pre_hooks_with_kwargs.copy()
+        mlp._forward_pre_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=theirs)
+        thread.start()
+        thread.join()
+        mlp._forward_pre_hooks_with_kwargs.update(noted)
+        theirs()
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(tap.hidden, tiny_backbone.hidden(*batch))
+
+
 def test_next_token_log_probs(tiny_backbone: Backbone) -> None:
     ids, mask = tokens(2, 12)
     with torch.no_grad():
