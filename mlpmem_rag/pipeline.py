@@ -28,7 +28,7 @@ from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillReport
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.hardware import resolve_device
-from mlpmem_rag.index import import_faiss
+from mlpmem_rag.index import check_search
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.output import is_memory, output_folder
@@ -39,7 +39,13 @@ from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE, load_encoder
 from mlpmem_rag.report import TrainReport, model_card
-from mlpmem_rag.split import Split, split_rows
+from mlpmem_rag.schedule import in_two_parts
+from mlpmem_rag.split import (
+    MAX_HELD_OUT_ROWS,
+    MAX_STUDY_HELD_OUT_ROWS,
+    Split,
+    split_rows,
+)
 from mlpmem_rag.stages import forget_stage
 from mlpmem_rag.storage import folder_bytes
 from mlpmem_rag.targets import Targets, derive_tau
@@ -90,9 +96,10 @@ def train(
         TrainingError: the loss is no longer finite.
     """
     config = resolve_config(config, options)
-    import_faiss()  # refuse now rather than after the datastore
+    device = resolve_device(config.device)
+    check_search(device)  # refuse now rather than after the datastore
     out = Path(out)
-    team = join_team(resolve_device(config.device))
+    team = join_team(device)
     if not team.first:
         on_progress, on_plan = ignore_progress, None
     with _work_folder(out, team) as work:
@@ -193,6 +200,7 @@ class _Trained:
     memory: Memory
     distilled: DistillReport
     tuned: Tuned
+    epochs: int
     questions: int = 0
     study_rows: int = 0
     calibration: Calibration | None = None
@@ -214,7 +222,12 @@ def _train(
 
     # Only training rows may be neighbours: what teacher and memory know of the held-out rows
     # is what the others tell.
-    split = split_rows(np.asarray(datastore.documents), held_out=config.held_out, seed=config.seed)
+    split = split_rows(
+        np.asarray(datastore.documents),
+        held_out=config.held_out,
+        seed=config.seed,
+        most=MAX_HELD_OUT_ROWS if config.recipe == "paper" else MAX_STUDY_HELD_OUT_ROWS,
+    )
     neighbors = stages.neighbors(datastore, split)
 
     # The neighbours' votes are what the memory learns to imitate.
@@ -241,7 +254,7 @@ def _train(
         parameters=sum(p.numel() for p in memory.parameters()),
         tau=tau,
         kept_mass=targets.kept_mass,
-        epochs=trained.distilled.best_epoch,
+        epochs=trained.epochs,
         memory_lambda=trained.tuned.lambda_,
         memory_temperature=trained.tuned.temperature,
         held_out_by=split.held_out_by if trained.tuned.perplexity else None,
@@ -275,7 +288,7 @@ def _imitate(
     # The memory that is kept has learned the held-out documents too, for as many epochs.
     if len(split.validation):
         memory = stages.refit(datastore, targets, distilled.best_epoch)
-    return _Trained(memory, distilled, tuned)
+    return _Trained(memory, distilled, tuned, distilled.best_epoch)
 
 
 def _study(
@@ -293,18 +306,21 @@ def _study(
     # Learned without the held-out documents and a share of the questions, to find out how far
     # the memory is to be trusted.
     held_out = stages.split_questions(studied, datastore, split)
-    counts = len(questions), studied.rows.num_rows
+    schedule = stages.schedule(datastore, studied)
+    counts = schedule.epochs, len(questions), studied.rows.num_rows
     if not held_out.calibrates:  # too few to fit anything to: everything is learned at once
-        all_rows, all_questions = np.arange(datastore.num_rows), np.arange(len(questions))
-        memory, distilled = stages.learn(datastore, targets, studied, all_rows, all_questions)
+        everything = np.arange(datastore.num_rows), np.arange(len(questions))
+        memory, distilled = stages.learn(datastore, targets, studied, *everything, schedule)
         return _Trained(memory, distilled, Tuned(ASKED_OPENING), *counts)
-    memory, distilled = stages.learn(datastore, targets, studied, split.train, held_out.train)
+    first, last = in_two_parts(schedule)
+    learned = split.train, held_out.train
+    memory, distilled = stages.learn(datastore, targets, studied, *learned, first)
     calibration, perplexity = stages.calibrate(
         memory, datastore, neighbors, studied, split, held_out, tau
     )
 
-    # The memory that is kept learns the rest as well.
-    memory = stages.finish(memory, datastore, targets, studied)
+    # The memory that is kept learns the rest as well, as often as it has learned these.
+    memory = stages.finish(memory, datastore, targets, studied, *learned, last)
     tuned = Tuned(MEMORY_LAMBDA, perplexity=perplexity)
     return _Trained(memory, distilled, tuned, *counts, calibration)
 

@@ -22,7 +22,7 @@ from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
-from mlpmem_rag.schedule import finishing, long_enough
+from mlpmem_rag.schedule import long_enough
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.torch_index import key_factor, products, query_factor
 from mlpmem_rag.windows import Window
@@ -230,9 +230,7 @@ def _project(
     if study_rows:
         forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward
         rows_in_all = rows + study_rows
-        learning = long_enough(distill, rows_in_all, alike=False).epochs
-        ending = finishing(distill, rows_in_all, alike=False).epochs if held_out else 0
-        epochs_rows = (learning + ending) * rows_in_all
+        epochs_rows = long_enough(distill, rows_in_all, alike=False).epochs * rows_in_all
     return {
         "datastore": computed * forward,
         "neighbors": rows * searched * _compare_seconds(backbone.hidden_size, backbone.device),

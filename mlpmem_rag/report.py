@@ -29,7 +29,7 @@ class TrainReport:
         parameters: number of the memory's parameters.
         tau: temperature of the neighbours' votes.
         kept_mass: share of the votes kept in the sparse targets.
-        epochs: epochs whose weights were best.
+        epochs: how often the kept memory has learned each row.
         memory_lambda: mixing weight; the paper's recipe chooses it on the validation documents,
             self-study lowers it token by token (`mlpmem_rag.gate`).
         memory_temperature: chosen on the validation documents; 1 in a self-study.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlpmem_rag.distill import DistillConfig
+from mlpmem_rag.distill import DistillConfig, Rows
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import exact_match
 from mlpmem_rag.study import StudyRows
@@ -20,8 +20,10 @@ ENOUGH_STEPS = 2000
 LOOK_ALIKE = 0.22
 """Questions do when fewer of their nearest neighbours than this have the same answer."""
 SAMPLE = 512
-FINISHING = 0.25
-"""Epochs that end a self-study with what had been held out, as a share of all epochs."""
+ENDING = 0.25
+"""Share of the epochs that end a self-study, with what had been held out until then."""
+CATCHING_UP = round(1 / ENDING)
+"""How often that comes in each of them, so that in the end all rows were learned as often."""
 
 
 def look_alike(questions: Sequence[Question], study: StudyRows) -> bool:
@@ -52,8 +54,17 @@ def long_enough(config: DistillConfig, num_rows: int, *, alike: bool) -> Distill
     return replace(config, epochs=epochs, patience=epochs)
 
 
-def finishing(config: DistillConfig, num_rows: int, *, alike: bool) -> DistillConfig:
-    """What comes after `long_enough`: all rows for a short while, at half the rate."""
-    config = long_enough(config, num_rows, alike=alike)
-    epochs = max(1, round(FINISHING * config.epochs))
-    return replace(config, epochs=epochs, learning_rate=config.learning_rate / 2)
+def in_two_parts(config: DistillConfig) -> tuple[DistillConfig, DistillConfig]:
+    """The epochs without what is held out, and those with everything, at half the rate."""
+    last = max(1, round(ENDING * config.epochs))
+    first = max(1, config.epochs - last)
+    return (
+        replace(config, epochs=first, patience=first),
+        replace(config, epochs=last, patience=last, learning_rate=config.learning_rate / 2),
+    )
+
+
+def catching_up(num_rows: int, learned: Rows) -> Rows:
+    """All rows, those that were not learned so far `CATCHING_UP` times. *Shape:* (R,) -> (S,)."""
+    rows = np.arange(num_rows)
+    return np.concatenate([rows, np.repeat(np.setdiff1d(rows, learned), CATCHING_UP - 1)])

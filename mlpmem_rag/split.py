@@ -18,6 +18,10 @@ MIN_HELD_OUT_ROWS = 16
 MAX_HELD_OUT_ROWS = 50_000
 """Enough for a perplexity with a narrow interval; more only costs time."""
 
+MAX_STUDY_HELD_OUT_ROWS = 4_096
+"""The same for a self-study, which fits a few numbers to them and must answer questions about the
+documents that they stand in."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -51,20 +55,27 @@ def check_held_out(held_out: float) -> None:
         raise ConfigError(f"held_out = {held_out}: allowed are 0 (none) to 0.25")
 
 
-def split_rows(documents: npt.NDArray[np.int32], *, held_out: float, seed: int) -> Split:
+def split_rows(
+    documents: npt.NDArray[np.int32],
+    *,
+    held_out: float,
+    seed: int,
+    most: int = MAX_HELD_OUT_ROWS,
+) -> Split:
     """Hold out a share of the rows for validation and as much again for the test figures.
 
     Args:
         documents: document index of each row. *Shape:* (N,).
         held_out: share of rows in each of the two held-out parts, 0 for none.
         seed: decides which documents are held out.
+        most: rows in each of the two parts, however many a share would be.
 
     Raises:
         ConfigError: the share is outside 0..0.25.
     """
     check_held_out(held_out)
     num_rows = len(documents)
-    wanted = min(int(held_out * num_rows), MAX_HELD_OUT_ROWS)
+    wanted = min(int(held_out * num_rows), most)
     part = np.zeros(num_rows, dtype=np.int8)
     by_document = len(np.unique(documents)) >= MIN_DOCUMENTS
     if wanted >= MIN_HELD_OUT_ROWS:

@@ -55,7 +55,7 @@ from mlpmem_rag.questions import (
     load_questions,
     save_questions,
 )
-from mlpmem_rag.schedule import finishing, long_enough, look_alike
+from mlpmem_rag.schedule import CATCHING_UP, catching_up, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
 from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
@@ -165,7 +165,12 @@ class Stages:
             if done:
                 return Targets.open(folder)
             return build_targets(
-                neighbors, next_tokens, folder, tau=tau, on_progress=self._on_progress
+                neighbors,
+                next_tokens,
+                folder,
+                tau=tau,
+                device=self._prepared.backbone.device,
+                on_progress=self._on_progress,
             )
 
     def base_scores(self, split: Split) -> tuple[Probabilities, Probabilities]:
@@ -285,18 +290,21 @@ class Stages:
         """The base model's states along the answers, and the vectors of questions and text."""
         prepared = self._prepared
         key = self._after("questions", self._keys["datastore"], self._config.encoder)
-        with self._stage("study", key) as (folder, done):
+        with self._stage("study", key, shared=True) as (folder, done):
             if not done:
-                study_rows(
+                rows = study_rows(
                     prepared.backbone,
                     self._encoder,
                     questions,
                     folder=folder,
+                    team=self._team,
                     on_progress=self._on_progress,
-                ).save(folder)
-                encode_contexts(self._encoder, prepared.backbone.tokenizer, prepared.windows).save(
-                    folder
                 )
+                if self._team.first:
+                    rows.save(folder)
+                    tokenizer = prepared.backbone.tokenizer
+                    encode_contexts(self._encoder, tokenizer, prepared.windows).save(folder)
+                self._team.wait()
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
 
     def split_questions(
@@ -315,6 +323,11 @@ class Stages:
             seed=self._config.seed,
         )
 
+    def schedule(self, datastore: Datastore, studied: Studied) -> DistillConfig:
+        """How long a memory of everything is trained."""
+        num_rows = datastore.num_rows + studied.rows.num_rows
+        return long_enough(optimisation(self._config), num_rows, alike=studied.alike)
+
     def learn(
         self,
         datastore: Datastore,
@@ -322,12 +335,12 @@ class Stages:
         studied: Studied,
         text_rows: Rows,
         questions: Rows,
+        schedule: DistillConfig,
     ) -> tuple[Memory, DistillReport]:
         """A query-aware memory of the given corpus rows and questions."""
         config = self._config
         memory = self._blank(datastore, studied)
         rows = curriculum_rows(datastore, studied, text_rows, questions)
-        schedule = long_enough(optimisation(config), len(rows), alike=studied.alike)
         shape = asdict(memory.config)
         settings = (asdict(schedule), asdict(config.study), config.alpha, shape)
         key = self._after("targets", self._keys["study"], settings, len(text_rows))
@@ -381,19 +394,25 @@ class Stages:
         return Calibration.from_dict(values), perplexity
 
     def finish(
-        self, memory: Memory, datastore: Datastore, targets: Targets, studied: Studied
+        self,
+        memory: Memory,
+        datastore: Datastore,
+        targets: Targets,
+        studied: Studied,
+        text_rows: Rows,
+        questions: Rows,
+        schedule: DistillConfig,
     ) -> Memory:
-        """Go on from the trained memory with everything, what was held out included."""
-        num_rows = datastore.num_rows + studied.rows.num_rows
-        config = finishing(optimisation(self._config), num_rows, alike=studied.alike)
+        """Go on from a memory of these corpus rows and questions with everything there is."""
+        learned = curriculum_rows(datastore, studied, text_rows, questions)
         self._familiarise(memory, studied, np.arange(len(studied.questions)))
         self._distil(
             "refit",
-            self._after("distil", asdict(config)),
+            self._after("distil", asdict(schedule), CATCHING_UP),
             memory,
             self._curriculum(datastore, targets, studied, memory),
-            np.arange(num_rows),
-            config,
+            catching_up(datastore.num_rows + studied.rows.num_rows, learned),
+            schedule,
         )
         return memory
 
@@ -454,7 +473,12 @@ class Stages:
     def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
         """Prototypes of the questions that the memory is going to learn."""
         vectors = studied.rows.query_vectors[questions]
-        prototypes = find_prototypes(vectors, len(memory.prototypes), seed=self._config.seed)
+        prototypes = find_prototypes(
+            vectors,
+            len(memory.prototypes),
+            seed=self._config.seed,
+            device=self._prepared.backbone.device,
+        )
         memory.prototypes.copy_(torch.from_numpy(prototypes))
 
     def _columns(self, memory: Memory) -> Columns:

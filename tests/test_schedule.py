@@ -9,7 +9,7 @@ import pytest
 
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.questions import Question
-from mlpmem_rag.schedule import finishing, long_enough, look_alike
+from mlpmem_rag.schedule import catching_up, in_two_parts, long_enough, look_alike
 from mlpmem_rag.study import StudyRows
 
 CONFIG = DistillConfig(epochs=8, batch_rows=512, learning_rate=1e-3)
@@ -39,10 +39,25 @@ def test_small_corpora_and_records_are_learned_for_longer(
             assert longer.learning_rate == CONFIG.learning_rate
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 150), (42, 4), (125, 4), (222, 2), (1304, 2)])
-def test_the_end_takes_a_quarter_as_long_at_half_the_rate(steps: int, epochs: int) -> None:
-    end = finishing(CONFIG, 512 * steps, alike=True)
-    assert (end.epochs, end.learning_rate) == (epochs, 5e-4)
+@pytest.mark.parametrize(
+    ("epochs", "first", "last"), [(1, 1, 1), (2, 1, 1), (8, 6, 2), (15, 11, 4), (16, 12, 4)]
+)
+def test_a_quarter_of_the_epochs_comes_with_everything_at_half_the_rate(
+    epochs: int, first: int, last: int
+) -> None:
+    parts = in_two_parts(replace(CONFIG, epochs=epochs))
+    assert [part.epochs for part in parts] == [part.patience for part in parts] == [first, last]
+    assert [part.learning_rate for part in parts] == [1e-3, 5e-4]
+
+
+@pytest.mark.parametrize("epochs", [4, 8, 16, 120])
+def test_in_the_end_every_row_was_learned_as_often(epochs: int) -> None:
+    learned = np.array([0, 2, 3, 6])
+    first, last = in_two_parts(replace(CONFIG, epochs=epochs))
+    rows = catching_up(8, learned)
+    times = first.epochs * np.bincount(learned, minlength=8)
+    times += last.epochs * np.bincount(rows, minlength=8)
+    assert times.tolist() == [epochs] * 8
 
 
 @pytest.mark.parametrize(("same", "alike"), [(0, True), (2, True), (3, False), (10, False)])

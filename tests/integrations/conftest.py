@@ -145,7 +145,7 @@ def studying(training: dict[str, Any], wide_folder: Path, questions: Path) -> di
         "recipe": "self-study",
         "encoder": "pooled",
         "questions": (str(questions),),
-        "distill": DistillConfig(epochs=50, batch_rows=256, learning_rate=1e-2, patience=50),
+        "distill": DistillConfig(epochs=100, batch_rows=256, learning_rate=1e-2, patience=100),
         "study": StudyConfig(query_noise=0.05, hidden_noise=0.05, source_share=0.0),
     }
 
