@@ -820,6 +820,19 @@ def test_a_self_study_learns_nothing_of_what_is_held_out_before_it_is_measured(
     assert calibrate.MIN_QUESTIONS <= len(about_learned - learned) < len(about_learned) / 2
 
 
+def test_a_self_study_holds_out_no_more_than_it_needs(
+    tmp_path: Path, source: Path, study_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MAX_STUDY_HELD_OUT_ROWS", 20)
+    out = tmp_path / "memory"
+    report = train(source, out=out, config=study_config)
+    documents = np.asarray(Datastore.open(out / WORK / "datastore").documents)
+    expected = split_rows(documents, held_out=0.1, seed=0, most=20)
+    assert len(expected.test) < len(split_rows(documents, held_out=0.1, seed=0).test)
+    assert report.perplexity is not None
+    assert report.perplexity.tokens == len(expected.test)
+
+
 @pytest.mark.parametrize("stage", SELF_STUDY[3:])
 def test_a_self_study_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path,

@@ -44,6 +44,12 @@ def test_many_documents_are_held_out_whole() -> None:
     assert [len(names) for names in owners(split, documents)] == [80, 10, 10]
 
 
+def test_no_more_is_held_out_than_is_asked_for() -> None:
+    documents = rows_of([20] * 100)
+    split = split_rows(documents, held_out=0.1, seed=3, most=60)
+    assert [len(names) for names in owners(split, documents)] == [94, 3, 3]
+
+
 def test_the_seed_decides() -> None:
     documents = rows_of([7, 12, 30, 5] * 10)
     first, again, other = (split_rows(documents, held_out=0.1, seed=s) for s in (1, 1, 2))
