@@ -153,7 +153,7 @@ def test_another_thread_runs_past_a_capture_half_registered(tiny_backbone: Backb
         thread.join()
         mlp._forward_pre_hooks_with_kwargs.update(noted)
         theirs()
-    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(tap.hidden, tiny_backbone.hidden(*batch))
 
 
