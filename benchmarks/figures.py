@@ -21,6 +21,10 @@ class Ceilings:
     bytes_per_second: float
     disk_bytes_per_second: float
 
+    def products(self, dtype: str) -> float:
+        """Of a format; one that was not measured has no hardware, and does float32's at most."""
+        return self.flops.get(dtype, self.flops["float32"])
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -38,11 +42,13 @@ class Needs:
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The shortest time in which the machine could do it."""
-        return max(self.flops / ceilings.flops[self.dtype], self.bytes / ceilings.bytes_per_second)
+        return max(
+            self.flops / ceilings.products(self.dtype), self.bytes / ceilings.bytes_per_second
+        )
 
     def bound(self, ceilings: Ceilings) -> str:
         """Which of the two takes longer."""
-        computing = self.flops / ceilings.flops[self.dtype]
+        computing = self.flops / ceilings.products(self.dtype)
         return "compute" if computing > self.bytes / ceilings.bytes_per_second else "memory"
 
 

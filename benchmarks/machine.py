@@ -13,15 +13,12 @@ import torch
 from benchmarks.figures import Ceilings
 from benchmarks.rounds import seconds
 from mlpmem_eval.environment import machine
+from mlpmem_rag.hardware import has_bfloat16
 
 MATRIX = 2048
 COPIED = 1 << 28
 WRITTEN = 1 << 26
 RUNS = 5
-FORMATS = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -55,15 +52,20 @@ def _machine(device: str) -> dict[str, Any]:
 
 def ceilings(device: str, folder: Path | None = None) -> Ceilings:
     """Measured, the best of some runs: what other load takes away is not the machine's."""
-    kind = "cuda" if device.startswith("cuda") else "cpu"
     return Ceilings(
         flops={
             str(dtype).removeprefix("torch."): product_rate(dtype, device)
-            for dtype in FORMATS[kind]
+            for dtype in formats(torch.device(device))
         },
         bytes_per_second=copy_rate(device),
         disk_bytes_per_second=disk_rate(folder),
     )
+
+
+def formats(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those that the device multiplies by hardware: without, one product takes minutes."""
+    halves = (torch.bfloat16,) if has_bfloat16(device) else ()
+    return (torch.float32, *halves, *((torch.float16,) if device.type == "cuda" else ()))
 
 
 def product_rate(dtype: torch.dtype, device: str) -> float:

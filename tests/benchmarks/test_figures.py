@@ -88,6 +88,18 @@ def test_the_slower_of_computing_and_moving_is_the_ceiling() -> None:
     figure = Figure("work", "1/s", 1.5, per_second=1.5, needs=computing)
     assert figure.fraction(CEILINGS) == 0.75
     assert replace(figure, needs=None).fraction(CEILINGS) is None
+    assert Needs(50, 1, "float16").seconds(CEILINGS) == 0.5, "not measured: float32's"
+
+
+@pytest.mark.parametrize(
+    ("fast", "expected"), [(True, (torch.float32, torch.bfloat16)), (False, (torch.float32,))]
+)
+def test_products_are_measured_in_what_has_hardware(
+    fast: bool, expected: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_bfloat16", lambda _: fast)
+    assert machine.formats(torch.device("cpu")) == expected
+    assert machine.formats(torch.device("cuda", 1)) == (*expected, torch.float16)
 
 
 def test_goals_are_of_the_ratio_where_there_is_one() -> None:
