@@ -97,10 +97,13 @@ import asyncio, json, sys, time
 async def main(tick):
     over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     waits = []
+    ended = time.perf_counter()
+    print("ready", flush=True)
     while not over.done():
-        started = time.perf_counter()
+        started = ended
         await asyncio.sleep(tick)
-        waits.append((started, time.perf_counter() - started - tick))
+        ended = time.perf_counter()
+        waits.append((started, ended - started - tick))
     print(json.dumps(waits))
 
 asyncio.run(main(float(sys.argv[1])))
@@ -187,6 +190,8 @@ def loop_waits(asks: Sequence[Ask], questions: Sequence[str]) -> dict[str, float
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as idle:
         try:
+            assert idle.stdout
+            idle.stdout.readline()  # it watches from here on
             for ask in asks:
                 all_watched(ask, questions, loop)
             longest = longest_idle(idle, loop.spans)

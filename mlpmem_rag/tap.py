@@ -25,13 +25,15 @@ class Tap:
         self._states: dict[int, Tensor | None] = {}
         self._traced: Tensor | None = None
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Called by torch before the module runs."""
-        state = _input(args, kwargs)
         if torch.compiler.is_compiling():
-            self._traced = state  # written and read in one graph: threads cannot meet
+            # Written and read in one graph: threads cannot meet.
+            self._traced = _input(args, kwargs)
         elif (thread := threading.get_ident()) in self._states:
-            self._states[thread] = state
+            self._states[thread] = _input(args, kwargs)
 
     def listen(self) -> None:
         """Keep what comes next in this thread."""
@@ -83,13 +85,12 @@ class HiddenTap:
         """Capture during the `with` block; forward passes of other threads are not seen."""
         owner = threading.get_ident()
 
-        # A pass of another thread can meet the hook half registered, and then gives no kwargs.
         def capture(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
         ) -> None:
             if threading.get_ident() != owner:
                 return
-            self._state = _input(args, kwargs or {})
+            self._state = _input(args, kwargs)
             if self._stop:
                 raise _ReachedTap
 
@@ -106,9 +107,12 @@ class _ReachedTap(Exception):  # noqa: N818  control flow, not an error
     """Raised at the tapped module: no later layer needs to run."""
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among what a module is called with; it is the first in every family."""
-    state: Tensor = args[0] if args else next(iter(kwargs.values()))
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tensor:
+    """The hidden state among what a module is called with; it is the first in every family.
+
+    A hook gets no `kwargs` in a pass of another thread that meets it half registered.
+    """
+    state: Tensor = args[0] if args else next(iter((kwargs or {}).values()))
     return state
 
 

@@ -36,7 +36,7 @@ from mlpmem_rag.backbone import (
     tokenizer_fingerprint,
 )
 from mlpmem_rag.errors import BaseModelError, ConfigError
-from mlpmem_rag.tap import HiddenTap
+from mlpmem_rag.tap import HiddenTap, tap_on
 
 VOCABULARY = 300
 LLAMA_LIKE = ("model.layers.{}.mlp", "silu", True)
@@ -145,6 +145,7 @@ def test_another_thread_runs_past_a_capture_half_registered(tiny_backbone: Backb
             found.append(tiny_backbone.model(input_ids=batch[0], attention_mask=batch[1]).logits)
 
     theirs()
+    tap_on(mlp)  # as a model that generates has
     with HiddenTap(mlp).listen() as tap:
         noted = mlp._forward_pre_hooks_with_kwargs.copy()
         mlp._forward_pre_hooks_with_kwargs.clear()
