@@ -58,8 +58,9 @@ bench: setup ## measure the speed of every stage (ten minutes), fill docs/perfor
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks --page
 
+# Tests of one file stay in one process: most of what takes long is made once a file.
 test: setup ## run the tests on tiny models
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup ## run the tests on real models
 	$(BIN)/pytest -m slow
