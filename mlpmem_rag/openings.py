@@ -10,9 +10,13 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+Layer = TypeVar("Layer")
 
 KEPT = 4
 """Openings whose keys and values are kept: an application has few system messages."""
@@ -44,7 +48,7 @@ class Openings:
         self._kept.move_to_end(tokens)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        cache = copy.deepcopy(self._kept[tokens])
+        cache = continued(self._kept[tokens])
         if batch > 1:
             cache.batch_repeat_interleave(batch)
         return cache
@@ -55,3 +59,19 @@ class Openings:
         output = self._base(input_ids=ids, use_cache=True, logits_to_keep=last)
         cache = output.past_key_values
         return cache if isinstance(cache, DynamicCache) else None
+
+
+def continued(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from another one, which stays as it is.
+
+    Layers of attention take up new tokens by joining tensors to new ones, so that both can share
+    what they begin with. Layers of other kinds, which may write in place, are copied.
+    """
+    own = copy.copy(cache)
+    own.layers = [_continued(layer) for layer in cache.layers]
+    return own
+
+
+def _continued(layer: Layer) -> Layer:
+    joins = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return copy.copy(layer) if joins else copy.deepcopy(layer)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mlpmem_rag.backbone import load_backbone
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.memory_model import MemoryModel
-from mlpmem_rag.openings import KEPT, SHORTEST, Openings
+from mlpmem_rag.openings import KEPT, SHORTEST, Openings, continued
 from mlpmem_rag.prompts import conversation, prompt_ids
 
 HOUSE = "You answer for the archive."
@@ -151,3 +154,37 @@ def test_the_openings_used_last_are_kept(memory: MemoryModel, read: list[int]) -
 def test_a_short_beginning_is_not_worth_it(memory: MemoryModel, read: list[int]) -> None:
     assert Openings(memory.model.base).cache(range(SHORTEST - 1)) is None
     assert not read
+
+
+class WritesInPlace(DynamicLayer):
+    """A layer that overwrites what it holds, as those of other architectures do."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        self.keys.mul_(2)
+        return key_states, value_states
+
+
+@pytest.mark.parametrize("kind", [DynamicLayer, DynamicSlidingWindowLayer, WritesInPlace])
+def test_what_goes_on_from_a_cache_leaves_it_as_it_is(kind: type[DynamicLayer]) -> None:
+    kept: Any = DynamicCache()
+    sliding = kind is DynamicSlidingWindowLayer
+    kept.layers = [DynamicSlidingWindowLayer(6) if sliding else DynamicLayer()]
+    start = torch.arange(40.0).reshape(1, 2, 5, 4)
+    kept.update(start, -start, 0)
+    if kind is WritesInPlace:
+        kept.layers[0].__class__ = WritesInPlace
+    one: Any = continued(kept)
+    other: Any = continued(kept)
+    for cache in (one, other):
+        for _ in range(3):
+            cache.update(torch.full((1, 2, 2, 4), 7.0), torch.zeros(1, 2, 2, 4), 0)
+        cache.batch_repeat_interleave(2)
+    keys, values = kept.layers[0].keys, kept.layers[0].values
+    torch.testing.assert_close(keys, start, rtol=0, atol=0)
+    torch.testing.assert_close(values, -start, rtol=0, atol=0)
+    assert kept.get_seq_length() == 5
+    torch.testing.assert_close(one.layers[0].keys, other.layers[0].keys, rtol=0, atol=0)
+    assert one.get_seq_length() == (5 if kind is WritesInPlace else 11)
