@@ -46,6 +46,41 @@ def test_32_requests_at_once_get_the_answers_they_get_alone(llm: MLPMemLLM) -> N
     assert all_at_once(llm.acomplete, QUESTIONS) == alone
 
 
+@pytest.mark.parametrize(
+    ("dtype", "own", "expected"),
+    [
+        (torch.float32, None, 8),
+        (torch.float32, 1, 1),
+        (torch.bfloat16, None, 1),
+        (torch.bfloat16, 4, 4),
+    ],
+)
+def test_in_float32_those_who_wait_are_answered_together(
+    chat_model: MemoryModel,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    own: int | None,
+    expected: int,
+) -> None:
+    """How many sequences the base model reads at once, at most."""
+    llm = MLPMemLLM.from_model(chat_model, max_new_tokens=12, batch_size=own)
+    expected_texts = [llm.complete(question).text for question in QUESTIONS[:12]]
+    widths: list[int] = []
+
+    def note(_: object, args: tuple[torch.Tensor, ...]) -> None:
+        widths.append(len(args[0]))
+
+    # The tiny model computes in float32; only what it says of itself is changed.
+    monkeypatch.setattr(type(chat_model.model), "dtype", property(lambda _: dtype))
+    handle = chat_model.model.base.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        texts = all_at_once(llm.acomplete, QUESTIONS[:12])
+    finally:
+        handle.remove()
+    assert texts == expected_texts
+    assert max(widths) == expected
+
+
 def longest_wait(ask: Ask, questions: list[str]) -> float:
     """Of the event loop while all are answered; in seconds."""
     loop = Loop()

@@ -8,6 +8,7 @@ from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as plain_messages
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -36,6 +37,8 @@ from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
 
 DEFAULT_NEW_TOKENS = 256
+TOGETHER = 8
+"""Requests in a batch, where a batch changes no answer."""
 FORMS = frozenset({"json_schema", "logits_processor"})
 """Arguments of a call that sees to the form of its answer itself."""
 
@@ -82,10 +85,10 @@ class MLPMemLLM(LLM):
     top_p: float = Field(default=1.0, description="Share of the probability that is drawn from.")
     stop: list[str] = Field(default_factory=list, description="Strings that end the text.")
     seed: int | None = Field(default=None, description="Of the draws; None: another each time.")
-    batch_size: int = Field(
-        default=1,
-        description="Waiting requests of equal settings that are generated together, for services; "
-        "in bfloat16 an unsure answer can then come out otherwise than alone.",
+    batch_size: int | None = Field(
+        default=None,
+        description="Most waiting requests of equal settings that are generated together; None: 8 "
+        "in float32, else 1, since in bfloat16 an unsure answer can then come out otherwise.",
     )
     is_chat_model: bool = Field(
         default=True,
@@ -308,7 +311,9 @@ class MLPMemLLM(LLM):
 
     @property
     def _decoding(self) -> Decoding:
-        count = self.max_new_tokens
+        count, together = self.max_new_tokens, self.batch_size
+        if together is None:
+            together = TOGETHER if self._model.model.dtype == torch.float32 else 1
         return Decoding(
             max_new_tokens=DEFAULT_NEW_TOKENS if count is None else count,
             lambda_=self.lambda_,
@@ -319,7 +324,7 @@ class MLPMemLLM(LLM):
             logits_processors=()
             if self.logits_processor is None
             else listed(self.logits_processor),
-            batch_size=self.batch_size,
+            batch_size=together,
         )
 
     @property
