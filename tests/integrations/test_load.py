@@ -280,7 +280,7 @@ def test_after_a_failure_of_the_model_others_are_answered(
     chat_model: MemoryModel, on_forward: OnForward
 ) -> None:
     """The device fails for a while; those who ask then are told, and nobody else."""
-    llm = MLPMemLLM.from_model(chat_model, max_new_tokens=4)
+    llm = MLPMemLLM.from_model(chat_model, max_new_tokens=4, batch_size=1)
     requests = [Request(n, False, False, bool(n % 2), "answered") for n in range(40)]
     alone = [outcome(llm, request) for request in requests]
 
