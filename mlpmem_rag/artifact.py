@@ -7,6 +7,7 @@ how they came about and guards them. `work/` beside them is the training's own a
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from mlpmem_rag.tensors import (
     read_tensors,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 SAFETENSORS = ".safetensors"
@@ -40,6 +41,7 @@ INSIDE = "memory."
 """Begins the names of a memory's tensors where its base model's lie beside them."""
 MANIFEST = "manifest.json"
 CARD = "README.md"
+ENCODER = "encoder"
 WORK = "work"
 
 
@@ -105,25 +107,53 @@ _MANIFEST_KINDS = {
 
 
 def save_artifact(
-    folder: Path, settings: MemorySettings, memory: Memory, manifest: Manifest, card: str
+    folder: Path,
+    settings: MemorySettings,
+    memory: Memory,
+    manifest: Manifest,
+    card: str,
+    encoder: Path | None = None,
 ) -> None:
-    """Write a memory; an earlier one in the same folder is replaced file by file, manifest last."""
+    """Write a memory; an earlier one in the same folder is replaced file by file, manifest last.
+
+    Args:
+        folder: where to.
+        settings: become `config.json`.
+        memory: the weights.
+        manifest: without the files.
+        card: for people.
+        encoder: folder of a query encoder that is the memory's own; None: it goes by its name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **asdict(settings)}
     weights = {name: tensor.contiguous().cpu() for name, tensor in memory.state_dict().items()}
+    weights["questions"] = weights["questions"].half()  # as they were made
     staged = folder / WORK / "finished"
-    staged.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
     write_json(staged / CONFIG, config)
     replace_file(staged / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
     replace_file(staged / CARD, lambda path: path.write_text(card, encoding="utf-8"))
-    files = {
-        name: {"sha256": sha256(staged / name), "bytes": (staged / name).stat().st_size}
-        for name in (CONFIG, WEIGHTS, CARD)
-    }
+    if encoder is not None:
+        shutil.copytree(encoder, staged / ENCODER)
+    files = listed_files(staged)
     write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
     for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).replace(folder / name)
-    staged.rmdir()
+    shutil.rmtree(staged)
+
+
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of all that a folder holds."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "sha256": sha256(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def load_settings(folder: Path) -> MemorySettings:

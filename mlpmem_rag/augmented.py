@@ -50,6 +50,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         self._taps: dict[int, Tap] = {}
         self._marks: Marks | None = None
         self._encoded: tuple[tuple[str, ...], Tensor] | None = None
+        self._recalled: tuple[Tensor, Tensor] | None = None
 
     # What a child adds.
 
@@ -62,6 +63,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """Query vectors of texts. *Shape:* B texts -> (B, Q)."""
         raise NotImplementedError
 
+    def recall(self, query: Tensor) -> Tensor:
+        """What the memories take requests for. *Shape:* (B, Q) -> (B, R)."""
+        raise NotImplementedError
+
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
     ) -> Tensor:
@@ -70,7 +75,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         Args:
             logits: the base model's. *Shape:* (B, T, W).
             states: of each tapped layer. *Shape:* (B, T, D).
-            query: what is asked; a row of zeros where nothing is. *Shape:* (B, Q).
+            query: what is asked, recalled; a row of zeros where nothing is. *Shape:* (B, R).
             lambda_: mixing weight, above 0.
         """
         raise NotImplementedError
@@ -131,9 +136,13 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         query_vector = self._given_query(query_vector, query_text, len(given))
+        query = None
         if query_vector is None and self.query_size and lambda_ > 0:
-            query_vector = self._known_query(input_ids, past_key_values)
-        query = self._checked(query_vector, len(given))
+            query = cached_query(past_key_values)
+            if query is None:
+                query_vector = self._asked_in(input_ids, past_key_values)
+        if query_vector is not None and self.query_size:
+            query = self.recalled(self._checked(query_vector, len(given)))
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
         taps = self._taps if lambda_ > 0 else {}
         if taps or self.base.dtype == torch.bfloat16:  # there, the base's own bits stay the same
@@ -252,18 +261,24 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("query_vector and query_text were both given; give one of them")
         return self.encode_queries([text] * batch if isinstance(text, str) else text)
 
-    def _known_query(self, input_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
-        vectors = cached_query(cache)
-        if vectors is not None or input_ids is None or torch.compiler.is_compiling():
-            return vectors
+    def _asked_in(self, input_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
+        if input_ids is None or torch.compiler.is_compiling():
+            return None
         prefill = cache is None or int(cache.get_seq_length()) == 0
         return self.queries_in(input_ids) if prefill else None
 
-    def _checked(self, query_vector: Tensor | None, batch: int) -> Tensor | None:
+    def recalled(self, query: Tensor) -> Tensor:
+        """`recall`, once for the tensor that generation hands to every step of its own."""
+        if torch.compiler.is_compiling():
+            return self.recall(query)
+        last = self._recalled
+        if last is None or last[0] is not query:
+            self._recalled = last = (query, self.recall(query))
+        return last[1]
+
+    def _checked(self, query_vector: Tensor, batch: int) -> Tensor:
         """The vectors, of the right shape and on the right device. *Shape:* (B, Q)."""
         width = self.query_size
-        if query_vector is None or width == 0:
-            return None
         if query_vector.shape != (batch, width):
             raise ConfigError(
                 f"query_vector has shape {tuple(query_vector.shape)}; this memory takes "

@@ -28,6 +28,7 @@ from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids
 from mlpmem_rag.questions import Question
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.tap import HiddenTap
@@ -71,27 +72,28 @@ class QuestionSplit:
         """Whether there is enough to fit anything to."""
         return len(self.known) >= MIN_QUESTIONS
 
+    def among(self, studied: npt.NDArray[np.int32]) -> QuestionSplit:
+        """Only those that have rows: their numbers, in any order and repeated."""
+        return QuestionSplit(
+            *(n[np.isin(n, studied)] for n in (self.train, self.known, self.unknown))
+        )
+
 
 def split_questions(
     questions: Sequence[Question],
-    studied: npt.NDArray[np.int32],
     held_out_documents: set[str],
     *,
     validated: bool,
     seed: int,
 ) -> QuestionSplit:
-    """Set apart the questions about held-out documents and, to validate, a share of the others.
-
-    Only of those that have rows: `studied` holds their numbers, in any order and repeated.
-    """
+    """Set apart the questions about held-out documents and, to validate, a share of the others."""
     is_unknown = np.array([q.document in held_out_documents for q in questions], dtype=bool)
     chosen = np.random.default_rng(seed).random(len(questions)) < HELD_OUT_QUESTIONS
     is_known = ~is_unknown & chosen & validated
-    there = np.isin(np.arange(len(questions)), studied)
     return QuestionSplit(
-        train=np.flatnonzero(there & ~is_unknown & ~is_known),
-        known=np.flatnonzero(there & is_known),
-        unknown=np.flatnonzero(there & is_unknown),
+        train=np.flatnonzero(~is_unknown & ~is_known),
+        known=np.flatnonzero(is_known),
+        unknown=np.flatnonzero(is_unknown),
     )
 
 
@@ -254,8 +256,8 @@ class StudyFigures:
         coverage: share of the corpus's words that stand in the answer of some question.
         taught: exact match on questions that were learned.
         held_out: exact match on other wordings of what was learned.
-        nearest: exact match there of the answer to the most similar learned question, which is
-            what a memory without generalisation would reach.
+        nearest: exact match there of the answer to the learned question that it is recalled as,
+            which is what a memory without generalisation would reach.
         unknown: exact match on questions about documents that were not learned.
         confidence_auroc: how well the confidence tells right answers from wrong ones on
             questions it was not fitted on; None where it could not be measured.
@@ -382,7 +384,7 @@ def nearest_answers(
     study: StudyRows, questions: Sequence[Question], taught: Numbers, asked: Numbers
 ) -> list[bool]:
     """Whether the learned question nearest to each one asked has the same answer."""
-    similarity = study.query_vectors[asked] @ study.query_vectors[taught].T
+    similarity = study.query_vectors[asked] @ question_keys(study, taught).T
     found = taught[similarity.argmax(1)]
     return [
         exact_match(questions[f].answer, [questions[a].answer])

@@ -24,11 +24,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.artifact import (
     CARD,
     CONFIG,
+    ENCODER,
     FORMAT_VERSION,
     MANIFEST,
     WORK,
     Manifest,
     MemorySettings,
+    listed_files,
     load_manifest,
     load_memory,
     parse_settings,
@@ -39,7 +41,7 @@ from mlpmem_rag.artifact import (
 from mlpmem_rag.backbone import BaseReference, tokenizer_fingerprint, weights_fingerprint
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.integrity import Verify, sha256
+from mlpmem_rag.integrity import Verify
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.storage import write_json
 from mlpmem_rag.tensors import parse_shape
@@ -47,7 +49,6 @@ from mlpmem_rag.tensors import parse_shape
 if TYPE_CHECKING:
     from mlpmem_rag.model import MLPMemForCausalLM
 
-ENCODER = "encoder"
 STAGED = ".saving"
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", CARD)
 """What is fetched from a hub repository: no code, nothing pickled."""
@@ -81,8 +82,15 @@ class Source:
     @property
     def encoder_folder(self) -> Path | None:
         """Where the query encoder lies; None: it goes by its name."""
-        folder = self.folder / ENCODER
-        return folder if self.merged and folder.is_dir() else None
+        inside = any(name.startswith(f"{ENCODER}/") for name in self.manifest.files)
+        return self.folder / ENCODER if inside else None
+
+    @property
+    def encoder_weights(self) -> str | None:
+        """What tells this encoder from others; None: its name does."""
+        entries = self.manifest.files.items()
+        sums = [f["sha256"] for n, f in entries if n.startswith(f"{ENCODER}/")]
+        return " ".join(sums) or None
 
 
 def open_folder(folder: Path, how: Verify = Verify.full) -> Source:
@@ -166,15 +174,21 @@ def save_memory(model: MLPMemForCausalLM, folder: Path) -> None:
             "merge_base=False, but the base model of this memory has no name to load it by; "
             "save it with merge_base=True"
         )
-    save_alone(folder, parse_settings(config.to_dict()), model.memory, *_origin(model))
+    encoder = model.source.encoder_folder if model.source else None
+    save_alone(folder, parse_settings(config.to_dict()), model.memory, *_origin(model), encoder)
 
 
 def save_alone(
-    folder: Path, settings: MemorySettings, memory: Memory, manifest: Manifest, card: str
+    folder: Path,
+    settings: MemorySettings,
+    memory: Memory,
+    manifest: Manifest,
+    card: str,
+    encoder: Path | None = None,
 ) -> None:
     """`save_artifact`, and nothing stays of what the folder held of an earlier memory."""
     earlier = _listed(folder)
-    save_artifact(folder, settings, memory, manifest, card)
+    save_artifact(folder, settings, memory, manifest, card, encoder)
     _remove(folder, earlier - _listed(folder))
     with contextlib.suppress(OSError):  # not empty: a training's own
         (folder / WORK).rmdir()
@@ -197,14 +211,7 @@ def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], 
             encoder(staged / ENCODER)
         manifest, card = _origin(model)
         (staged / CARD).write_text(card, encoding="utf-8")
-        files = {
-            path.relative_to(staged).as_posix(): {
-                "sha256": sha256(path),
-                "bytes": path.stat().st_size,
-            }
-            for path in sorted(staged.rglob("*"))
-            if path.is_file()
-        }
+        files = listed_files(staged)
         write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
 
     _replace(folder, fill)

@@ -261,7 +261,7 @@ def generate_early(
         model: the memory's.
         reading: where the base model begins.
         token_ids: what it reads first. *Shape:* (B, T).
-        query: what is asked. *Shape:* (B, Q).
+        query: what is asked, recalled. *Shape:* (B, Q).
         weight: of the memory in the mixture, the same for every token.
         lines: take the tokens.
         note: takes the mixture's log-probabilities, token by token; None: nobody wants them.

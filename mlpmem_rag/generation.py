@@ -272,7 +272,9 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     if weight is not None and weight > 0.5 and _divides(parts):
         reading = Reading(parts.halves, cache, whole_mask)
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
-        view = query.to(model.device) if query is not None and model.query_size else None
+        view = None
+        if query is not None and model.query_size:
+            view = model.recalled(query.to(model.device))
         note = recorder.note if recorder else None
         generate_early(model, reading, unread, view, weight, writers, note)
         return

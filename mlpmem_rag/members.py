@@ -25,12 +25,14 @@ class Member:
     @property
     def view(self) -> str:
         """The same for memories whose encoders give the same vectors."""
-        return view_of(self.settings)
+        return view_of(self.settings, self.source)
 
 
-def view_of(settings: MemorySettings) -> str:
+def view_of(settings: MemorySettings, source: Source) -> str:
     """What the request vectors of a memory are; pooled ones differ from layer to layer."""
-    return f"{POOLED} {settings.layer}" if settings.encoder == POOLED else settings.encoder
+    if settings.encoder == POOLED:
+        return f"{POOLED} {settings.layer}"
+    return source.encoder_weights or settings.encoder
 
 
 def open_member(
@@ -74,7 +76,7 @@ def _encoder(
     if not settings.memory.query_size:
         return None
     for other in others:
-        if other.view == view_of(settings):
+        if other.view == view_of(settings, source):
             return other.encoder
     name = str(source.encoder_folder or settings.encoder)
     at_layer = replace(backbone, layer=settings.layer)

@@ -39,8 +39,7 @@ class MemoryConfig:
         query_size: Q, width of the query vector; 0: the memory reads the hidden state alone.
         hidden_scale: hidden states are divided by it, so that they and the query vector weigh
             alike.
-        num_prototypes: M, query vectors that stand for all questions learned; see
-            `Memory.familiarity`.
+        num_questions: M, learned questions that requests are recognised as; see `Memory.recall`.
         norm_eps: added to variances in the norms.
         inner_size: width that hidden states are first mapped to, as in published checkpoints whose
             memory is not as wide as the base; 0: they are taken as they are.
@@ -54,7 +53,7 @@ class MemoryConfig:
     vocab_size: int
     query_size: int = 0
     hidden_scale: float = 1.0
-    num_prototypes: int = 0
+    num_questions: int = 0
     norm_eps: float = 1e-5
     inner_size: int = 0
 
@@ -72,7 +71,7 @@ def derive_config(
     *,
     query_size: int = 0,
     hidden_scale: float = 1.0,
-    num_prototypes: int = 0,
+    num_questions: int = 0,
 ) -> MemoryConfig:
     """The memory that belongs to a base model, a corpus vocabulary and a size.
 
@@ -90,7 +89,7 @@ def derive_config(
         vocab_size=vocab_size,
         query_size=query_size,
         hidden_scale=hidden_scale,
-        num_prototypes=num_prototypes,
+        num_questions=num_questions,
     )
 
 
@@ -147,12 +146,13 @@ def _norm(config: MemoryConfig) -> nn.Module:
 class Memory(nn.Module):
     """Hidden states, and the request's query vector -> logits over the corpus vocabulary.
 
-    `corpus_tokens` (V,) maps a logit's column to the token id of the base model; `prototypes`
-    (M, Q) are vectors of length 1.
+    `corpus_tokens` (V,) maps a logit's column to the token id of the base model; `questions`
+    (M, Q) are the keys of learned questions, see `mlpmem_rag.recall`; places that are free hold
+    zeros.
     """
 
     corpus_tokens: Tensor
-    prototypes: Tensor
+    questions: Tensor
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -163,11 +163,13 @@ class Memory(nn.Module):
         self.norm = _norm(config)
         self.lm_head = Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("corpus_tokens", torch.arange(config.vocab_size))
-        shape = (config.num_prototypes, config.query_size)
-        self.register_buffer("prototypes", torch.zeros(shape))
+        shape = (config.num_questions, config.query_size)
+        self.register_buffer("questions", torch.zeros(shape))
 
     def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
         """Logits; without a query vector, a query-aware memory takes that no request is known.
+
+        Query vectors are those of learned questions, as `recall` gives them.
 
         *Shapes:* hidden (..., D), query (..., Q), broadcast over positions -> (..., V).
         """
@@ -193,15 +195,28 @@ class Memory(nn.Module):
         """The blocks in order."""
         return (block for block in self.layers if isinstance(block, Block))
 
-    def familiarity(self, query: Tensor) -> list[float]:
-        """How near each request is to a question that was learned; 0 for a memory of none.
+    def recall(self, query: Tensor) -> Tensor:
+        """The learned question that each request comes nearest to, as the blocks were taught it.
 
-        The largest cosine to a prototype. *Shape:* (B, Q) -> B numbers, -1 to 1.
+        What it agrees with most by the scalar product of its key, at length 1. A row of zeros,
+        where nothing is asked, stays one; a memory of no questions takes requests as they are.
+        *Shape:* (B, Q) -> (B, Q).
         """
-        if not self.config.num_prototypes:
+        if not self.config.num_questions:
+            return query
+        nearest = (query.to(self.questions) @ self.questions.T).argmax(-1)
+        found = F.normalize(self.questions[nearest].float(), dim=-1)
+        return torch.where(query.ne(0).any(-1, keepdim=True), found, 0.0)
+
+    def familiarity(self, query: Tensor) -> list[float]:
+        """How near each request is to what it is recalled as; 0 for a memory of no questions.
+
+        The cosine. *Shape:* (B, Q) -> B numbers, -1 to 1.
+        """
+        if not self.config.num_questions:
             return [0.0] * len(query)
-        nearest = (query.to(self.prototypes) @ self.prototypes.T).max(-1).values
-        cosines: list[float] = nearest.tolist()
+        recalled = self.recall(query)
+        cosines: list[float] = F.cosine_similarity(query.to(recalled), recalled).tolist()
         return cosines
 
     def log_probs(

@@ -291,7 +291,7 @@ class MemoryModel:
             before,
             kept,
             None if vector is None else vector[0].numpy(),
-            scale=self.model.memory.config.hidden_scale,
+            self.model.memory,
         )
         return [
             (str(self.tokenizer.decode([token])), origin)

@@ -135,6 +135,10 @@ class MLPMemForCausalLM(AugmentedLM):
             )
         return torch.from_numpy(encoder.encode(list(texts))).to(self.device)
 
+    def recall(self, query: Tensor) -> Tensor:
+        """See `Memory.recall`. *Shape:* (B, Q) -> (B, Q)."""
+        return self.memory.recall(query)
+
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
     ) -> Tensor:

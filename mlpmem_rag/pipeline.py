@@ -195,7 +195,7 @@ def _plan(prepared: Prepared, config: TrainConfig, out: Path, max_memory: int | 
 
 @dataclass(frozen=True)
 class _Trained:
-    """A memory with what its training has found out."""
+    """A memory with what its training has found out, and the folder of its own encoder."""
 
     memory: Memory
     distilled: DistillReport
@@ -204,6 +204,7 @@ class _Trained:
     questions: int = 0
     study_rows: int = 0
     calibration: Calibration | None = None
+    encoder: Path | None = None
 
 
 def _train(
@@ -301,17 +302,19 @@ def _study(
 ) -> _Trained:
     """Self-study: the corpus and the answers to questions written from it."""
     questions = stages.questions()
-    studied = stages.study(questions)
 
     # Learned without the held-out documents and a share of the questions, to find out how far
-    # the memory is to be trusted.
-    held_out = stages.split_questions(studied, datastore, split)
+    # encoder and memory are to be trusted.
+    held_out = stages.split_questions(questions, datastore, split)
+    encoder = stages.encoder(questions, held_out.train)
+    studied = stages.study(questions, encoder)
+    held_out = held_out.among(studied.rows.questions)
     schedule = stages.schedule(datastore, studied)
     counts = schedule.epochs, len(questions), studied.rows.num_rows
     if not held_out.calibrates:  # too few to fit anything to: everything is learned at once
         everything = np.arange(datastore.num_rows), np.arange(len(questions))
         memory, distilled = stages.learn(datastore, targets, studied, *everything, schedule)
-        return _Trained(memory, distilled, Tuned(ASKED_OPENING), *counts)
+        return _Trained(memory, distilled, Tuned(ASKED_OPENING), *counts, encoder=stages.adapted)
     first, last = in_two_parts(schedule)
     learned = split.train, held_out.train
     memory, distilled = stages.learn(datastore, targets, studied, *learned, first)
@@ -322,7 +325,7 @@ def _study(
     # The memory that is kept learns the rest as well, as often as it has learned these.
     memory = stages.finish(memory, datastore, targets, studied, *learned, last)
     tuned = Tuned(MEMORY_LAMBDA, perplexity=perplexity)
-    return _Trained(memory, distilled, tuned, *counts, calibration)
+    return _Trained(memory, distilled, tuned, *counts, calibration, stages.adapted)
 
 
 def _save(
@@ -354,7 +357,7 @@ def _save(
         versions=what_decides_bytes(prepared.backbone.model.device, prepared.backbone.model.dtype),
     )
     card = model_card(report, training)
-    save_artifact(Path(report.out), settings, trained.memory, manifest, card)
+    save_artifact(Path(report.out), settings, trained.memory, manifest, card, trained.encoder)
 
 
 def finished_run(out: Path, run: str) -> TrainReport | None:

@@ -17,11 +17,11 @@ from mlpmem_rag.contexts import BLOCK
 from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
-from mlpmem_rag.familiarity import MAX_PROTOTYPES, MAX_SAMPLE
 from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
+from mlpmem_rag.recall import MAX_QUESTIONS
 from mlpmem_rag.schedule import long_enough
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.torch_index import key_factor, products, query_factor
@@ -45,6 +45,8 @@ PROMPT_BYTES = 700
 """Of a question's prompt and answer in token ids, while the base model runs over them."""
 CONTEXT_BYTES = 8
 """Of a token: its share of a context's vector, and which one that is, apart from its width."""
+ENCODER_BYTES = 50 * 2**20
+"""Of a query encoder that has read the corpus, once in the working folder, once in the memory."""
 DISTANCE_BYTES = 130
 """Of a row: its nearest distances, while their mean is taken."""
 ORDER_BYTES = 24
@@ -136,6 +138,7 @@ def make_plan(
     study_rows = round(STUDY_ROWS_PER_TOKEN * rows) if query_size else 0
     memory = new_memory(config, torch.from_numpy(tokens.astype(np.int64)), None, seed=0)
     parameters = sum(p.numel() for p in memory.parameters())
+    kept = min(round(QUESTIONS_PER_TOKEN * rows), MAX_QUESTIONS)
     width = backbone.hidden_size
     k = min(k, rows - 1)
     base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
@@ -164,6 +167,7 @@ def make_plan(
             + rows * 6 * min(MAX_TOKENS, k)  # targets
             + (0 if exact else rows * 2 * width)  # keys in the cells' order
             + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
+            + (2 * ENCODER_BYTES + 22 * query_size * kept if study_rows else 0)  # and their keys
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=needed + (held if in_memory else 0),
@@ -183,7 +187,7 @@ def learning_memory(rows: int, study_rows: int, query_size: int, parameters: int
     """Bytes of the stages that have questions to learn, or would have.
 
     While the memory learns there are at once: weights, gradients, moments and the best weights; the
-    order of the rows; and the questions with their vectors, of which prototypes are made.
+    order of the rows; and the questions with their vectors, of which keys are made.
     """
     questions = round(QUESTIONS_PER_TOKEN * rows) if study_rows else 0
     vectors = 4 * query_size * questions
@@ -193,7 +197,7 @@ def learning_memory(rows: int, study_rows: int, query_size: int, parameters: int
         "study": taught + PROMPT_BYTES * questions + vectors,
         "distil": taught
         + vectors
-        + 4 * query_size * min(questions, MAX_SAMPLE * MAX_PROTOTYPES)
+        + 4 * query_size * min(questions, MAX_QUESTIONS)
         + 4 * parameters * 6
         + ORDER_BYTES * (rows + study_rows),
     }

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mlpmem_rag.artifact import WORK, load_manifest
-from mlpmem_rag.contexts import Contexts
+from mlpmem_rag.contexts import AT_ONCE, Contexts
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.memory import Memory
 from mlpmem_rag.questions import Question, load_questions
+from mlpmem_rag.recall import recalled
 from mlpmem_rag.storage import write_json
 from mlpmem_rag.study import StudyRows
 
@@ -100,7 +103,7 @@ class Provenance:
             ) from error
 
     def origins(
-        self, hidden: Floats, tokens: Sequence[int], query: Floats | None, *, scale: float
+        self, hidden: Floats, tokens: Sequence[int], query: Floats | None, memory: Memory
     ) -> list[Origin | None]:
         """Where each token comes from; None for a token that no training row holds.
 
@@ -108,10 +111,11 @@ class Provenance:
             hidden: the states before each token of the answer. *Shape:* (n, D).
             tokens: the answer. *Shape:* (n,).
             query: what was asked, as the encoder sees it. *Shape:* (Q,).
-            scale: hidden states are divided by it, as the memory does.
+            memory: what was trained on these rows; tells how it sees them.
         """
+        asked = None if query is None else _recalled(memory, query[None])[0]
         return [
-            self._origin(state, token, query, scale)
+            self._origin(state, token, asked, memory)
             for state, token in zip(hidden, tokens, strict=True)
         ]
 
@@ -124,22 +128,23 @@ class Provenance:
         return [int(token) for token in np.asarray(self.datastore.next_tokens)[near[order]]]
 
     def _origin(
-        self, state: Floats, token: int, query: Floats | None, scale: float
+        self, state: Floats, token: int, query: Floats | None, memory: Memory
     ) -> Origin | None:
-        text = self._nearest_text(state, token, query, scale)
-        asked = self._nearest_question(state, token, query, scale)
+        text = self._nearest_text(state, token, query, memory)
+        asked = self._nearest_question(state, token, query, memory)
         found = [origin for origin in (text, asked) if origin is not None]
         return min(found, key=lambda origin: origin.distance, default=None)
 
     def _nearest_text(
-        self, state: Floats, token: int, query: Floats | None, scale: float
+        self, state: Floats, token: int, query: Floats | None, memory: Memory
     ) -> Origin | None:
         rows = np.flatnonzero(self.datastore.next_tokens == token)
         if not len(rows):
             return None
+        scale = memory.config.hidden_scale
         distances = _distances(self.datastore.keys(rows), state, scale)
         if query is not None and self.contexts is not None:
-            vectors = self.contexts.vectors[self.contexts.blocks[rows]]
+            vectors = _recalled(memory, self.contexts.vectors[self.contexts.blocks[rows]])
             distances += _distances(vectors, query, 1.0)
         best = int(distances.argmin())
         document = self.documents[int(self.datastore.documents[rows[best]])]
@@ -147,17 +152,18 @@ class Provenance:
         return Origin(document, None, "", position, float(distances[best]))
 
     def _nearest_question(
-        self, state: Floats, token: int, query: Floats | None, scale: float
+        self, state: Floats, token: int, query: Floats | None, memory: Memory
     ) -> Origin | None:
         if self.study is None:
             return None
         rows = np.flatnonzero(self.study.next_tokens == token)
         if not len(rows):
             return None
+        scale = memory.config.hidden_scale
         distances = _distances(np.asarray(self.study.keys[rows], np.float32), state, scale)
         numbers = self.study.questions[rows]
         if query is not None:
-            distances += _distances(self.study.query_vectors[numbers], query, 1.0)
+            distances += _distances(recalled(self.study, numbers), query, 1.0)
         best = int(distances.argmin())
         question = self.questions[int(numbers[best])]
         return Origin(question.document, question.text, question.source, -1, float(distances[best]))
@@ -173,6 +179,14 @@ def shares(origins: Sequence[Origin | None]) -> dict[str, float]:
     """Share of the tokens that come from each document, largest first."""
     counts = Counter(origin.document for origin in origins if origin is not None)
     return {document: count / len(origins) for document, count in counts.most_common()}
+
+
+def _recalled(memory: Memory, vectors: Floats) -> Floats:
+    """As the memory takes requests. *Shape:* (R, Q) -> (R, Q)."""
+    at = memory.questions.device
+    parts = [memory.recall(part.to(at)) for part in torch.from_numpy(vectors).split(AT_ONCE)]
+    found: Floats = torch.cat(parts).float().cpu().numpy()
+    return found
 
 
 def _distances(rows: Floats, point: Floats, scale: float) -> Floats:

@@ -45,23 +45,27 @@ class QueryEncoder(Protocol):
 
 
 class SentenceEncoder:
-    """A sentence-transformers model."""
+    """A sentence-transformers model.
+
+    Attributes:
+        model: the model itself.
+    """
 
     def __init__(self, name: str, model: SentenceTransformer) -> None:
         self.name = name
         self.size = int(model.get_embedding_dimension() or 0)
-        self._model = model
+        self.model = model
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """*Shape:* N texts -> (N, Q)."""
-        vectors = self._model.encode(
+        vectors = self.model.encode(
             list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
         )
         return np.asarray(vectors, dtype=np.float32).reshape(-1, self.size)
 
     def save(self, folder: Path) -> None:
         """Write the model, as safetensors and JSON, where `load_encoder` can take it from."""
-        self._model.save_pretrained(str(folder), create_model_card=False)
+        self.model.save_pretrained(str(folder), create_model_card=False)
 
 
 class PooledEncoder:
@@ -113,7 +117,11 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
             device=str(backbone.device),
             trust_remote_code=False,
             local_files_only=False,
-            model_kwargs={"use_safetensors": True},  # nothing is unpickled
+            model_kwargs={
+                "use_safetensors": True,  # nothing is unpickled
+                # In half precision, in which it may be stored, a CPU is slow.
+                "dtype": torch.float32 if backbone.device.type == "cpu" else "auto",
+            },
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

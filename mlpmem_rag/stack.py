@@ -12,6 +12,7 @@ their lambda and how far their gates open. One memory in a stack is that memory,
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,16 @@ class MemoryStack(AugmentedLM):
         views = [torch.from_numpy(encoder.encode(list(texts))) for encoder in encoders.values()]
         return torch.cat(views, dim=1).to(self.device)
 
+    def recall(self, query: Tensor) -> Tensor:
+        """As each memory does for itself, one after the other. *Shape:* (B, Q) -> (B, R)."""
+        views = slices(self._members.values())
+        parts = [
+            self._memory(name).recall(query[:, views[member.view]])
+            for name, member in self._members.items()
+            if member.settings.memory.query_size
+        ]
+        return torch.cat(parts, dim=1) if parts else query
+
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
     ) -> Tensor:
@@ -178,12 +189,10 @@ class MemoryStack(AugmentedLM):
         query: Tensor | None,
         lambda_: float,
     ) -> Share:
-        member, memory = self._members[name], self.memories[name]
-        settings = member.settings
-        assert isinstance(memory, Memory)
+        settings, memory = self._members[name].settings, self._memory(name)
         view, asked = None, False  # type: Tensor | None, bool | Tensor
         if query is not None and settings.memory.query_size:
-            view = query[:, slices(self._members.values())[member.view]]  # (B, Q_i)
+            view = query[:, self._places()[name]]  # (B, Q_i)
             asked = view.ne(0).any(-1, keepdim=True)  # (B, 1)
         log_probs = memory.log_probs(
             states[settings.layer],
@@ -194,9 +203,21 @@ class MemoryStack(AugmentedLM):
         weight = gated_weight(base, log_probs, tokens, lambda_, settings.gate, asked=asked)
         return Share(log_probs, tokens, weight)
 
+    def _memory(self, name: str) -> Memory:
+        memory = self.memories[name]
+        assert isinstance(memory, Memory)
+        return memory
+
+    def _places(self) -> dict[str, slice]:
+        """Where each memory finds what it has recalled."""
+        widths = [member.settings.memory.query_size for member in self._members.values()]
+        ends = itertools.accumulate(widths)
+        found = zip(self._members, ends, widths, strict=True)
+        return {name: slice(end - width, end) for name, end, width in found}
+
     def _changed(self) -> None:
         self._tap_layers(*{member.settings.layer for member in self._members.values()})
-        self._encoded = None
+        self._encoded = self._recalled = None
 
     def _known(self, name: str) -> None:
         if name not in self._members:
@@ -257,9 +278,7 @@ class MemoryStack(AugmentedLM):
         """
         self._known(name)
         settings = replace(self._members[name].settings, memory_lambda=self.config.members[name])
-        memory = self.memories[name]
-        assert isinstance(memory, Memory)
-        return attach_memory(self.backbone, memory, settings)
+        return attach_memory(self.backbone, self._memory(name), settings)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

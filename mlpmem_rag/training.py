@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mlpmem_rag.adaptation import write_adapted
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import mlp_shape, output_embedding
 from mlpmem_rag.calibrate import (
@@ -31,7 +32,6 @@ from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.datastore import Datastore, build_datastore
 from mlpmem_rag.distill import DistillConfig, DistillReport, Lesson, Rows, distill
-from mlpmem_rag.familiarity import find_prototypes, num_prototypes
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.heldout import (
     TEMPERATURES,
@@ -49,12 +49,13 @@ from mlpmem_rag.neighbors import Neighbors, find_neighbors
 from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
-from mlpmem_rag.query import QueryEncoder
+from mlpmem_rag.query import QueryEncoder, SentenceEncoder, load_encoder
 from mlpmem_rag.questions import (
     Question,
     load_questions,
     save_questions,
 )
+from mlpmem_rag.recall import num_recalled, question_keys, varied
 from mlpmem_rag.schedule import CATCHING_UP, catching_up, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
@@ -71,11 +72,13 @@ STAGES = (
     "targets",
     "base",
     "questions",
+    "encoder",
     "study",
     "distil",
     "calibration",
     "refit",
 )
+ADAPTED = "adapted"
 DEFAULT_LAMBDA = 0.25
 """Where nothing could be held out to choose it (paper, WikiText)."""
 UNVALIDATED_EPOCHS = 3
@@ -286,15 +289,40 @@ class Stages:
                 save_questions(written, path)
             return load_questions(path)
 
-    def study(self, questions: list[Question]) -> Studied:
+    def encoder(self, questions: list[Question], learned: Rows) -> QueryEncoder | None:
+        """The encoder, once it has read the corpus; one that is not of sentences stays as it is."""
+        config, encoder = self._config, self._encoder
+        key = self._after("questions", config.encoder, config.seed, stage_key(learned.tolist()))
+        with self._stage("encoder", key) as (folder, done):
+            if not isinstance(encoder, SentenceEncoder):
+                return encoder
+            path = folder / ADAPTED
+            if not done:
+                write_adapted(
+                    encoder,
+                    questions,
+                    learned,
+                    path,
+                    seed=config.seed,
+                    on_progress=self._on_progress,
+                )
+        return load_encoder(str(path), self._prepared.backbone)
+
+    @property
+    def adapted(self) -> Path | None:
+        """Folder of an encoder that has read the corpus; None: it stays as it was."""
+        path = self._work / "encoder" / ADAPTED
+        return path if path.is_dir() else None
+
+    def study(self, questions: list[Question], encoder: QueryEncoder | None) -> Studied:
         """The base model's states along the answers, and the vectors of questions and text."""
         prepared = self._prepared
-        key = self._after("questions", self._keys["datastore"], self._config.encoder)
+        key = self._after("encoder", self._keys["datastore"])
         with self._stage("study", key, shared=True) as (folder, done):
             if not done:
                 rows = study_rows(
                     prepared.backbone,
-                    self._encoder,
+                    encoder,
                     questions,
                     folder=folder,
                     team=self._team,
@@ -303,12 +331,12 @@ class Stages:
                 if self._team.first:
                     rows.save(folder)
                     tokenizer = prepared.backbone.tokenizer
-                    encode_contexts(self._encoder, tokenizer, prepared.windows).save(folder)
+                    encode_contexts(encoder, tokenizer, prepared.windows).save(folder)
                 self._team.wait()
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
 
     def split_questions(
-        self, studied: Studied, datastore: Datastore, split: Split
+        self, questions: list[Question], datastore: Datastore, split: Split
     ) -> QuestionSplit:
         """Which questions are learned, which are held out with which documents."""
         documents = self._prepared.corpus.documents
@@ -316,8 +344,7 @@ class Stages:
         unknown = {d.id for number, d in enumerate(documents) if number not in learned}
         validated = len(split.validation) > 0
         return split_questions(
-            studied.questions,
-            studied.rows.questions,
+            questions,
             unknown,
             validated=validated,
             seed=self._config.seed,
@@ -465,21 +492,16 @@ class Stages:
             config.size,
             query_size=studied.rows.query_vectors.shape[1] if studied else 0,
             hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
-            num_prototypes=num_prototypes(studied.rows.query_vectors) if studied else 0,
+            num_questions=num_recalled(studied.rows) if studied else 0,
         )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
 
     def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
-        """Prototypes of the questions that the memory is going to learn."""
-        vectors = studied.rows.query_vectors[questions]
-        prototypes = find_prototypes(
-            vectors,
-            len(memory.prototypes),
-            seed=self._config.seed,
-            device=self._prepared.backbone.device,
-        )
-        memory.prototypes.copy_(torch.from_numpy(prototypes))
+        """Keys of the questions that the memory is going to learn."""
+        kept = varied(studied.questions, questions, len(memory.questions))
+        memory.questions.zero_()
+        memory.questions[: len(kept)] = torch.from_numpy(question_keys(studied.rows, kept))
 
     def _columns(self, memory: Memory) -> Columns:
         return Columns(memory, self._prepared.backbone.reference.vocab_size)
@@ -497,7 +519,8 @@ class Stages:
     def _curriculum(
         self, datastore: Datastore, targets: Targets, studied: Studied, memory: Memory
     ) -> Curriculum:
-        text = self._text_lesson(datastore, targets, memory, studied.contexts)
+        contexts = studied.contexts.recalled(memory)
+        text = self._text_lesson(datastore, targets, memory, contexts)
         study = StudyLesson(studied.rows, self._columns(memory), self._config.study)
         return Curriculum([(text, datastore.num_rows), (study, studied.rows.num_rows)])
 

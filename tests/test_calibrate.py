@@ -237,8 +237,7 @@ def test_a_question_beyond_the_context_window_does_no_harm(setup: Setup) -> None
 def test_every_question_is_in_one_part(validated: bool) -> None:
     questions = [Question(f"q{n}", "a", "s", f"doc-{n % 10}") for n in range(1000)]
     held_out = {"doc-3", "doc-7"}
-    rows = np.repeat(np.arange(1000, dtype=np.int32), 3)
-    split = split_questions(questions, rows, held_out, validated=validated, seed=0)
+    split = split_questions(questions, held_out, validated=validated, seed=0)
     parts = [split.train, split.known, split.unknown]
     assert np.sort(np.concatenate(parts)).tolist() == list(range(1000))
     assert all(part.tolist() == sorted(part.tolist()) for part in parts)
@@ -256,21 +255,20 @@ def test_the_seed_decides_which() -> None:
     questions = [Question(f"q{n}", "a", "s", "doc") for n in range(500)]
 
     def known(seed: int) -> list[int]:
-        rows = np.arange(500, dtype=np.int32)
-        return list(split_questions(questions, rows, set(), validated=True, seed=seed).known)
+        return list(split_questions(questions, set(), validated=True, seed=seed).known)
 
     assert known(0) == known(0) != known(1)
 
 
 def test_no_questions_are_no_split() -> None:
-    split = split_questions([], np.array([], dtype=np.int32), set(), validated=True, seed=0)
+    split = split_questions([], set(), validated=True, seed=0)
     assert [len(part) for part in (split.train, split.known, split.unknown)] == [0, 0, 0]
 
 
 def test_questions_without_rows_are_in_no_part() -> None:
     questions = [Question(f"q{n}", "a", "s", f"doc-{n % 2}") for n in range(6)]
     rows = np.array([5, 0, 0, 1], dtype=np.int32)
-    split = split_questions(questions, rows, {"doc-1"}, validated=False, seed=0)
+    split = split_questions(questions, {"doc-1"}, validated=False, seed=0).among(rows)
     assert (split.train.tolist(), split.unknown.tolist()) == ([0], [1, 5])
 
 
@@ -283,13 +281,12 @@ def test_the_nearest_question_by_brute_force() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     answers = [("The mill", "mill.", "quay")[n] for n in rng.integers(3, size=60)]
     questions = [Question(f"q{n}", answer, "s", "d") for n, answer in enumerate(answers)]
-    none = np.zeros((0, 8), dtype=np.float32)
-    ints = np.zeros(60, dtype=np.int32)
-    study = StudyRows(np.zeros((0, 4), np.float16), ints[:0], ints[:0], vectors, none, ints)
+    sources, ints = np.eye(2, 8, dtype=np.float32), rng.integers(2, size=60).astype(np.int32)
+    study = StudyRows(np.zeros((0, 4), np.float16), ints[:0], ints[:0], vectors, sources, ints)
     taught, asked = np.arange(5, 45), np.arange(45, 60)
     expected = []
     for a in asked:
-        nearest = max(taught, key=lambda t: float(vectors[a] @ vectors[t]))
+        nearest = max(taught, key=lambda t: float(vectors[a] @ (vectors[t] + sources[ints[t]] / 2)))
         expected.append(exact_match(answers[nearest], [answers[a]]))
     found = nearest_answers(study, questions, taught, asked)
     assert found == expected

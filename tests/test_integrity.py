@@ -280,7 +280,7 @@ SHAPES = [
     ("num_blocks", 10**9), ("num_blocks", -1), ("num_blocks", 3.0), ("num_blocks", True),
     ("hidden_size", 2**40), ("hidden_size", 0), ("hidden_size", "32"), ("vocab_size", 10**12),
     ("hidden_scale", 0.0), ("hidden_scale", float("nan")), ("hidden_scale", float("inf")),
-    ("norm_eps", -1.0), ("gated", 1), ("activation", 3), ("query_size", -5), ("num_prototypes", -1),
+    ("norm_eps", -1.0), ("gated", 1), ("activation", 3), ("query_size", -5), ("num_questions", -1),
 ]  # fmt: skip
 
 

@@ -16,10 +16,12 @@ from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.provenance import Origin, Provenance, shares
 from mlpmem_rag.questions import Question
+from mlpmem_rag.recall import recalled
 from mlpmem_rag.study import StudyRows
 
 WIDTH, QUERY = 3, 2
@@ -48,6 +50,12 @@ def rows(datastore_of: Callable[..., Datastore]) -> Provenance:
     return Provenance(("a", "b", "c"), store, contexts, study, questions)
 
 
+def memory_of(scale: float) -> Memory:
+    """Takes requests as they are."""
+    config = MemoryConfig(WIDTH, 4, 1, "silu", True, 6, query_size=QUERY, hidden_scale=scale)
+    return Memory(config)
+
+
 def slowly(
     rows: Provenance, state: list[float], token: int, query: list[float] | None, scale: float
 ) -> Origin | None:
@@ -66,7 +74,7 @@ def slowly(
     for n in range(rows.study.num_rows):
         if rows.study.next_tokens[n] == token:
             number = rows.study.questions[n]
-            vector = rows.study.query_vectors[number]
+            vector = recalled(rows.study)[number]
             far = distance(rows.study.keys[n], state, scale) + distance(vector, query, 1.0)
             asked = rows.questions[number]
             found.append(Origin(asked.document, asked.text, asked.source, -1, far))
@@ -96,7 +104,7 @@ def test_the_origin_is_the_nearest_row_with_the_token(
         np.array([state], np.float32),
         [token],
         None if query is None else np.array(query, np.float32),
-        scale=scale,
+        memory_of(scale),
     )
     expected = slowly(rows, state, token, query, scale)
     if expected is None:
@@ -152,7 +160,7 @@ def test_text_of_the_corpus_is_traced_to_where_it_stands(
     row = int(np.flatnonzero(np.asarray(store.documents) == 5)[20])
     key = store.keys(np.array([row]))
     token = int(store.next_tokens[row])
-    (origin,) = provenance.origins(key, [token], None, scale=1.0)
+    (origin,) = provenance.origins(key, [token], None, memory_of(1.0))
     assert origin == Origin("doc-5", None, "", int(store.positions[row]), 0.0)
     traced = memory.origins("Who found it?", "Ines Maro", provenance)
     assert "".join(token for token, _ in traced).strip() == "Ines Maro"

@@ -21,7 +21,6 @@ from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.cross_entropy import SparseTargets, cross_entropy
 from mlpmem_rag.datastore import Datastore, build_datastore, on_host
 from mlpmem_rag.distill import DistillConfig, Lesson, distill
-from mlpmem_rag.familiarity import find_prototypes
 from mlpmem_rag.index import CPU
 from mlpmem_rag.lessons import Columns, TextLesson
 from mlpmem_rag.memory import Memory, MemoryConfig, new_memory
@@ -119,13 +118,13 @@ def test_neighbours_are_those_of_the_cpu(
     np.testing.assert_allclose(votes[0], votes[1], rtol=2e-3, atol=1e-6)
 
 
-def test_prototypes_are_near_what_was_asked() -> None:
-    vectors = np.random.default_rng(0).standard_normal((500, 24)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found, expected = (find_prototypes(vectors, 50, seed=0, device=device) for device in (GPU, CPU))
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
-    nearness = [(vectors @ centres.T).max(1).mean() for centres in (found, expected)]
-    assert nearness[0] == pytest.approx(nearness[1], rel=0.05)
+def test_a_request_is_taken_for_the_same_question_as_on_a_cpu() -> None:
+    random = torch.Generator().manual_seed(0)
+    memory = Memory(MemoryConfig(8, 8, 1, "silu", True, 4, query_size=24, num_questions=500))
+    memory.questions.copy_(torch.randn(500, 24, generator=random))
+    asked = F.normalize(torch.randn(40, 24, generator=random), dim=1)
+    expected = memory.recall(asked)
+    torch.testing.assert_close(memory.to(GPU).recall(asked.to(GPU)).cpu(), expected)
 
 
 def test_cross_entropy_and_its_gradients_are_those_of_torch() -> None:

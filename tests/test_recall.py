@@ -1,0 +1,148 @@
+"""Which learned question a request is taken for: its keys, the choice of them, the recall."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mlpmem_rag import recall
+from mlpmem_rag.contexts import Contexts
+from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.questions import Question
+from mlpmem_rag.recall import num_recalled, question_keys, recalled, varied
+from mlpmem_rag.study import StudyRows
+
+
+def directions(count: int, width: int, seed: int) -> npt.NDArray[np.float32]:
+    vectors = np.random.default_rng(seed).standard_normal((count, width))
+    unit: npt.NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit.astype(np.float32)
+
+
+def memory_of(keys: npt.NDArray[np.float32]) -> Memory:
+    count, width = keys.shape
+    config = MemoryConfig(8, 8, 1, "silu", True, 4, query_size=width, num_questions=count)
+    memory = Memory(config)
+    memory.questions.copy_(torch.from_numpy(keys))
+    return memory
+
+
+@pytest.fixture
+def study() -> StudyRows:
+    """Twelve questions of five sentences."""
+    none = np.zeros(0, np.int32)
+    places = np.random.default_rng(2).integers(5, size=12).astype(np.int32)
+    return StudyRows(
+        np.zeros((0, 8), np.float16),
+        none,
+        none,
+        directions(12, 16, 0),
+        directions(5, 16, 1),
+        places,
+    )
+
+
+def test_a_key_is_the_question_and_half_its_sentence(study: StudyRows) -> None:
+    numbers = np.array([7, 0, 11])
+    found = question_keys(study, numbers)
+    for key, number in zip(found, numbers, strict=True):
+        expected = study.query_vectors[number] + study.source_vectors[study.sources[number]] / 2
+        np.testing.assert_allclose(key, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found, found.astype(np.float16), "as it is stored")
+
+
+def test_what_is_taught_is_what_is_recalled(study: StudyRows) -> None:
+    everything = np.arange(12)
+    memory = memory_of(question_keys(study, everything))
+    units = torch.from_numpy(recalled(study))
+    torch.testing.assert_close(units.norm(dim=1), torch.ones(12))
+    # Asked with a key itself, made as long as all others so that its length decides nothing.
+    memory.questions.copy_(units)
+    torch.testing.assert_close(memory.recall(units), units)
+    some = np.array([3, 5], dtype=np.int32)
+    np.testing.assert_array_equal(recalled(study, some), units[[3, 5]].numpy())
+
+
+def test_the_recalled_question_by_brute_force(study: StudyRows) -> None:
+    keys, asked = question_keys(study, np.arange(12)), directions(40, 16, 3)
+    found = memory_of(keys).recall(torch.from_numpy(asked)).numpy()
+    chosen = set()
+    for vector, request in zip(found, asked, strict=True):
+        best = max(range(12), key=lambda number: float(keys[number] @ request))
+        np.testing.assert_allclose(vector, keys[best] / np.linalg.norm(keys[best]), rtol=1e-5)
+        chosen.add(best)
+    assert len(chosen) > 3
+
+
+def test_who_asks_nothing_is_taken_for_nothing(study: StudyRows) -> None:
+    memory = memory_of(question_keys(study, np.arange(12)))
+    asked = torch.from_numpy(directions(3, 16, 4))
+    asked[1] = 0
+    found = memory.recall(asked)
+    assert found.ne(0).any(1).tolist() == [True, False, True]
+
+
+def test_free_places_are_never_recalled(study: StudyRows) -> None:
+    keys = question_keys(study, np.arange(12))
+    with_room = memory_of(np.concatenate([keys, np.zeros((9, 16), np.float32)]))
+    asked = torch.from_numpy(np.abs(keys)) + torch.from_numpy(keys)
+    torch.testing.assert_close(with_room.recall(asked), memory_of(keys).recall(asked))
+
+
+def test_a_memory_of_no_questions_takes_requests_as_they_are() -> None:
+    memory, asked = memory_of(np.zeros((0, 16), np.float32)), torch.ones(3, 16)
+    assert memory.recall(asked) is asked
+    assert memory.familiarity(asked) == [0.0] * 3
+
+
+def test_familiarity_is_the_cosine_to_what_is_recalled(study: StudyRows) -> None:
+    keys, asked = question_keys(study, np.arange(12)), torch.from_numpy(directions(9, 16, 5))
+    memory = memory_of(keys)
+    expected = F.cosine_similarity(asked, memory.recall(asked))
+    torch.testing.assert_close(torch.tensor(memory.familiarity(asked)), expected)
+    assert max(memory.familiarity(torch.from_numpy(keys))) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("questions", "width", "expected"), [(0, 8, 0), (5, 8, 5), (9, 8, 6), (9, 0, 0)]
+)
+def test_as_many_as_questions_up_to_a_limit(
+    questions: int, width: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "MAX_QUESTIONS", 6)
+    none: Any = np.zeros(0)
+    vectors = np.zeros((questions, width), np.float32)
+    assert num_recalled(StudyRows(none, none, none, vectors, vectors, none)) == expected
+
+
+def test_beyond_the_limit_other_wordings_go_first() -> None:
+    def question(text: str, answer: str, source: str) -> Question:
+        return Question(text, answer, source, "doc")
+
+    questions = [
+        question("Who came?", "Ines", "Ines came in 1887."),
+        question("Who was it that came?", "ines.", "Ines came in 1887."),
+        question("When did Ines come?", "1887", "Ines came in 1887."),
+        question("Who came, again?", "Ines", "Ines came in 1887."),
+        question("Who left?", "Ines", "Ines left."),
+    ]
+    every = np.arange(5)
+    assert varied(questions, every, 9).tolist() == [0, 1, 2, 3, 4]
+    assert varied(questions, every, 4).tolist() == [0, 1, 2, 4]
+    assert varied(questions, every, 3).tolist() == [0, 2, 4]
+    assert varied(questions, np.array([1, 3, 4]), 2).tolist() == [1, 4]
+    assert varied(questions, every[:0], 2).tolist() == []
+
+
+def test_text_is_taken_for_what_it_comes_nearest_to(study: StudyRows) -> None:
+    memory = memory_of(question_keys(study, np.arange(12)))
+    contexts = Contexts(directions(600, 16, 6), np.arange(600, dtype=np.int32))
+    found = contexts.recalled(memory)
+    expected = memory.recall(torch.from_numpy(contexts.vectors)).numpy()
+    np.testing.assert_allclose(found.vectors, expected, rtol=1e-6)
+    assert found.blocks is contexts.blocks
