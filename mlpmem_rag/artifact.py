@@ -135,7 +135,7 @@ def save_artifact(
     replace_file(staged / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
     replace_file(staged / CARD, lambda path: path.write_text(card, encoding="utf-8"))
     if encoder is not None:
-        shutil.copytree(encoder, staged / ENCODER)
+        shutil.copytree(encoder, staged / ENCODER, copy_function=shutil.copyfile)
     files = listed_files(staged)
     write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
     for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
