@@ -40,6 +40,10 @@ DOCUMENTS = 4
 ANSWERS = 2
 """Of each sentence that are asked for in a step, in so many wordings each."""
 LEARNING_RATE = 5e-5
+WAY = 0.5
+"""From the first weights to the trained ones. All the way, it forgets what it knew of topics: with
+the documents around it, it finds the sentence, and without them another document's (arXiv
+2109.01903; docs/experiments.md)."""
 WARMUP = 20
 TEMPERATURE = 0.05
 
@@ -85,6 +89,9 @@ def write_adapted(
     """
     model = copy.deepcopy(encoder.model)
     adapt(model, [questions[number] for number in numbers], seed=seed, on_progress=on_progress)
+    with torch.no_grad():
+        for mine, first in zip(model.parameters(), encoder.model.parameters(), strict=True):
+            mine.lerp_(first, 1 - WAY)
     model.half().save_pretrained(str(folder), create_model_card=False)
 
 

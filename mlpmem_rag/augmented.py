@@ -24,7 +24,7 @@ from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.query_cache import cached_query, keep_query
 from mlpmem_rag.tap import Tap, tap_on
 
-MINE = ("memory_lambda", "query_vector")
+MINE = ("memory_lambda", "query_vector", "recall")
 """What `generate` hands to every forward pass and the base model does not know."""
 PIECE = 64
 """Positions that are mixed at once where there may be many."""
@@ -67,6 +67,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """What the memories take requests for. *Shape:* (B, Q) -> (B, R)."""
         raise NotImplementedError
 
+    def place(self, query: Tensor) -> Tensor:
+        """As `recall` lays them out, taken as they are. *Shape:* (B, Q) -> (B, R)."""
+        raise NotImplementedError
+
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
     ) -> Tensor:
@@ -107,6 +111,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         memory_lambda: float | None = None,
         query_vector: Tensor | None = None,
         query_text: str | Sequence[str] | None = None,
+        recall: bool | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> CausalLMOutputWithPast:
         """Log-probabilities of the mixture as `logits` (the base's own logits at lambda 0).
@@ -128,6 +133,8 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             query_vector: what is asked, as the memory's encoder sees it; a row of zeros where
                 nothing is. *Shape:* (B, Q).
             query_text: what is asked, in words; one text for all rows or one for each.
+            recall: False: what is given is no question but the text before, and is not taken for
+                a question that was learned.
             **kwargs: everything else the base model takes, and what the loss takes.
 
         Raises:
@@ -142,7 +149,8 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             if query is None:
                 query_vector = self._asked_in(input_ids, past_key_values)
         if query_vector is not None and self.query_size:
-            query = self.recalled(self._checked(query_vector, len(given)))
+            query = self._checked(query_vector, len(given))
+            query = self.place(query) if recall is False else self.recalled(query)
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
         taps = self._taps if lambda_ > 0 else {}
         if taps or self.base.dtype == torch.bfloat16:  # there, the base's own bits stay the same

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mlpmem_rag.memory import Memory
 from mlpmem_rag.query import QueryEncoder, Vectors, encoded
 from mlpmem_rag.storage import save_array
 from mlpmem_rag.windows import Window
 
 BLOCK = 64
 """Rows that share a vector: in use, too, it is computed once and serves what follows."""
-AT_ONCE = 256
 CONTEXT = 128
 """Tokens before a block that its vector is made from."""
 
@@ -34,12 +31,6 @@ class Contexts:
 
     vectors: Vectors
     blocks: npt.NDArray[np.int32]
-
-    def recalled(self, memory: Memory) -> Contexts:
-        """As a memory takes them: each for the learned question that it comes nearest to."""
-        parts = torch.from_numpy(self.vectors).to(memory.questions.device).split(AT_ONCE)
-        vectors = torch.cat([memory.recall(part) for part in parts]).cpu().numpy()
-        return Contexts(vectors, self.blocks)
 
     def save(self, folder: Path) -> None:
         """Write one `.npy` a field."""

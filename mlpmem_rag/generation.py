@@ -114,7 +114,7 @@ class Generation:
         self._prompt = prompt
         self._room = room
         self._strip = strip
-        self._question = question
+        self.question = question
         self._recorder = Recorder()
         self._line = 0
         self._started = time.perf_counter()
@@ -129,7 +129,7 @@ class Generation:
     def task(self) -> Task[Generation]:
         """This generation in its turn, with others of the same settings where these allow it."""
         decoding = self.decoding
-        kind = decoding if decoding.shareable else None
+        kind = (decoding, self.question) if decoding.shareable else None
         return Task(generate_together, self, kind, decoding.batch_size)
 
     @property
@@ -198,7 +198,7 @@ class Generation:
     @property
     def has_confidence(self) -> bool:
         """Fitted on greedy answers to questions, a confidence knows nothing of other texts."""
-        asks = self._question and self.lambda_ > 0
+        asks = self.question and self.lambda_ > 0
         return self.parts.confidence is not None and asks and self.decoding.greedy
 
     def _confidence(self, new_tokens: int) -> float | None:
@@ -274,7 +274,8 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
         view = None
         if query is not None and model.query_size:
-            view = model.recalled(query.to(model.device))
+            told = query.to(model.device)
+            view = model.recalled(told) if first.question else told
         note = recorder.note if recorder else None
         generate_early(model, reading, unread, view, weight, writers, note)
         return
@@ -287,6 +288,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         logits_processor=LogitsProcessorList([*noting, *decoding.choosers()]),
         memory_lambda=lambda_,
         query_vector=query,
+        recall=first.question,
         past_key_values=cache,
     )
 

@@ -20,7 +20,7 @@ from mlpmem_rag.distill import Rows
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.memory import Memory
-from mlpmem_rag.recall import recalled
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.targets import Targets
 
@@ -207,7 +207,7 @@ class StudyLesson:
         self._columns = columns
         self._config = config
         device = columns.device
-        self._queries = torch.from_numpy(recalled(study)).to(device)
+        self._queries = torch.from_numpy(question_keys(study.query_vectors)).to(device)
         self._sources = torch.from_numpy(study.source_vectors).to(device)
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:

@@ -147,8 +147,8 @@ class Memory(nn.Module):
     """Hidden states, and the request's query vector -> logits over the corpus vocabulary.
 
     `corpus_tokens` (V,) maps a logit's column to the token id of the base model; `questions`
-    (M, Q) are the keys of learned questions, see `mlpmem_rag.recall`; places that are free hold
-    zeros.
+    (M, Q) are the keys of learned questions, of length 1, see `mlpmem_rag.recall`; places that are
+    free hold zeros.
     """
 
     corpus_tokens: Tensor
@@ -198,15 +198,13 @@ class Memory(nn.Module):
     def recall(self, query: Tensor) -> Tensor:
         """The learned question that each request comes nearest to, as the blocks were taught it.
 
-        What it agrees with most by the scalar product of its key, at length 1. A row of zeros,
-        where nothing is asked, stays one; a memory of no questions takes requests as they are.
-        *Shape:* (B, Q) -> (B, Q).
+        A row of zeros, where nothing is asked, stays one; a memory of no questions takes requests
+        as they are. *Shape:* (B, Q) -> (B, Q).
         """
         if not self.config.num_questions:
             return query
         nearest = (query.to(self.questions) @ self.questions.T).argmax(-1)
-        found = F.normalize(self.questions[nearest].float(), dim=-1)
-        return torch.where(query.ne(0).any(-1, keepdim=True), found, 0.0)
+        return torch.where(query.ne(0).any(-1, keepdim=True), self.questions[nearest], 0.0)
 
     def familiarity(self, query: Tensor) -> list[float]:
         """How near each request is to what it is recalled as; 0 for a memory of no questions.
@@ -215,7 +213,7 @@ class Memory(nn.Module):
         """
         if not self.config.num_questions:
             return [0.0] * len(query)
-        recalled = self.recall(query)
+        recalled = self.recall(query).float()
         cosines: list[float] = F.cosine_similarity(query.to(recalled), recalled).tolist()
         return cosines
 

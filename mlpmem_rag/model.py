@@ -139,6 +139,10 @@ class MLPMemForCausalLM(AugmentedLM):
         """See `Memory.recall`. *Shape:* (B, Q) -> (B, Q)."""
         return self.memory.recall(query)
 
+    def place(self, query: Tensor) -> Tensor:
+        """*Shape:* (B, Q) -> (B, Q)."""
+        return query
+
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
     ) -> Tensor:

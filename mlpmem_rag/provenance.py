@@ -18,13 +18,13 @@ import numpy.typing as npt
 import torch
 
 from mlpmem_rag.artifact import WORK, load_manifest
-from mlpmem_rag.contexts import AT_ONCE, Contexts
+from mlpmem_rag.contexts import Contexts
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.questions import Question, load_questions
-from mlpmem_rag.recall import recalled
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.storage import write_json
 from mlpmem_rag.study import StudyRows
 
@@ -113,7 +113,10 @@ class Provenance:
             query: what was asked, as the encoder sees it. *Shape:* (Q,).
             memory: what was trained on these rows; tells how it sees them.
         """
-        asked = None if query is None else _recalled(memory, query[None])[0]
+        asked = None
+        if query is not None:
+            told = torch.from_numpy(query[None]).to(memory.questions.device)
+            asked = memory.recall(told)[0].float().cpu().numpy()
         return [
             self._origin(state, token, asked, memory)
             for state, token in zip(hidden, tokens, strict=True)
@@ -144,7 +147,7 @@ class Provenance:
         scale = memory.config.hidden_scale
         distances = _distances(self.datastore.keys(rows), state, scale)
         if query is not None and self.contexts is not None:
-            vectors = _recalled(memory, self.contexts.vectors[self.contexts.blocks[rows]])
+            vectors = self.contexts.vectors[self.contexts.blocks[rows]]
             distances += _distances(vectors, query, 1.0)
         best = int(distances.argmin())
         document = self.documents[int(self.datastore.documents[rows[best]])]
@@ -163,7 +166,7 @@ class Provenance:
         distances = _distances(np.asarray(self.study.keys[rows], np.float32), state, scale)
         numbers = self.study.questions[rows]
         if query is not None:
-            distances += _distances(recalled(self.study, numbers), query, 1.0)
+            distances += _distances(question_keys(self.study.query_vectors[numbers]), query, 1.0)
         best = int(distances.argmin())
         question = self.questions[int(numbers[best])]
         return Origin(question.document, question.text, question.source, -1, float(distances[best]))
@@ -179,14 +182,6 @@ def shares(origins: Sequence[Origin | None]) -> dict[str, float]:
     """Share of the tokens that come from each document, largest first."""
     counts = Counter(origin.document for origin in origins if origin is not None)
     return {document: count / len(origins) for document, count in counts.most_common()}
-
-
-def _recalled(memory: Memory, vectors: Floats) -> Floats:
-    """As the memory takes requests. *Shape:* (R, Q) -> (R, Q)."""
-    at = memory.questions.device
-    parts = [memory.recall(part.to(at)) for part in torch.from_numpy(vectors).split(AT_ONCE)]
-    found: Floats = torch.cat(parts).float().cpu().numpy()
-    return found
 
 
 def _distances(rows: Floats, point: Floats, scale: float) -> Floats:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,41 +17,28 @@ import numpy.typing as npt
 from mlpmem_rag.query import Vectors
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import normalize
-from mlpmem_rag.study import StudyRows
 
 Numbers = npt.NDArray[np.int64]
 
 MAX_QUESTIONS = 65_536
-SOURCE_SHARE = 0.5
-"""Part of the sentence that answers a question in its key (docs/experiments.md)."""
 
 
-def num_recalled(study: StudyRows) -> int:
-    """M, how many of the questions a memory keeps; 0 where there is no encoder."""
-    questions, width = study.query_vectors.shape
+def num_recalled(vectors: Vectors) -> int:
+    """M, how many of so many questions a memory keeps; 0 where there is no encoder.
+
+    *Shape:* (G, Q).
+    """
+    questions, width = vectors.shape
     return min(MAX_QUESTIONS, questions) if width else 0
 
 
-def question_keys(study: StudyRows, numbers: npt.NDArray[np.integer[Any]]) -> Vectors:
-    """Each question's own vector and part of its sentence's. *Shape:* (M,) -> (M, Q).
+def question_keys(vectors: Vectors) -> Vectors:
+    """By what questions are recalled, and what the memory is taught them by.
 
-    Not of length 1: a question that says the same as its sentence is the likelier one. Rounded to
-    half precision, in which they are stored.
+    Their own vectors, rounded to half precision, in which they are stored. *Shape:* (M, Q).
     """
-    sources = study.source_vectors[study.sources[numbers]]
-    keys: Vectors = study.query_vectors[numbers] + SOURCE_SHARE * sources
-    rounded: Vectors = keys.astype(np.float16).astype(np.float32)
+    rounded: Vectors = vectors.astype(np.float16).astype(np.float32)
     return rounded
-
-
-def recalled(study: StudyRows, numbers: npt.NDArray[np.integer[Any]] | None = None) -> Vectors:
-    """What a memory is taught questions by: their keys, at length 1.
-
-    *Shape:* (M,), or all of them -> (M, Q).
-    """
-    keys = question_keys(study, np.arange(len(study.query_vectors)) if numbers is None else numbers)
-    unit: Vectors = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
-    return unit
 
 
 def varied(questions: Sequence[Question], numbers: Numbers, most: int) -> Numbers:

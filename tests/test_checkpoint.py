@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from mlpmem_rag import checkpoint
-from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, save_artifact
+from mlpmem_rag.artifact import CARD, CONFIG, ENCODER, MANIFEST, WEIGHTS, save_artifact
 from mlpmem_rag.backbone import Backbone, load_backbone
-from mlpmem_rag.checkpoint import ENCODER
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate

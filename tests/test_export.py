@@ -14,9 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, WORK
+from mlpmem_rag.artifact import CARD, CONFIG, ENCODER, MANIFEST, WEIGHTS, WORK
 from mlpmem_rag.backbone import load_backbone
-from mlpmem_rag.checkpoint import ENCODER
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.export import export_memory
 from mlpmem_rag.model import MLPMemForCausalLM

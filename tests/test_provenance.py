@@ -21,7 +21,7 @@ from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.provenance import Origin, Provenance, shares
 from mlpmem_rag.questions import Question
-from mlpmem_rag.recall import recalled
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.study import StudyRows
 
 WIDTH, QUERY = 3, 2
@@ -74,7 +74,7 @@ def slowly(
     for n in range(rows.study.num_rows):
         if rows.study.next_tokens[n] == token:
             number = rows.study.questions[n]
-            vector = recalled(rows.study)[number]
+            vector = question_keys(rows.study.query_vectors)[number]
             far = distance(rows.study.keys[n], state, scale) + distance(vector, query, 1.0)
             asked = rows.questions[number]
             found.append(Origin(asked.document, asked.text, asked.source, -1, far))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,11 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from mlpmem_rag import recall
-from mlpmem_rag.contexts import Contexts
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.questions import Question
-from mlpmem_rag.recall import num_recalled, question_keys, recalled, varied
-from mlpmem_rag.study import StudyRows
+from mlpmem_rag.recall import num_recalled, question_keys, varied
 
 
 def directions(count: int, width: int, seed: int) -> npt.NDArray[np.float32]:
@@ -33,62 +29,42 @@ def memory_of(keys: npt.NDArray[np.float32]) -> Memory:
 
 
 @pytest.fixture
-def study() -> StudyRows:
-    """Twelve questions of five sentences."""
-    none = np.zeros(0, np.int32)
-    places = np.random.default_rng(2).integers(5, size=12).astype(np.int32)
-    return StudyRows(
-        np.zeros((0, 8), np.float16),
-        none,
-        none,
-        directions(12, 16, 0),
-        directions(5, 16, 1),
-        places,
-    )
+def keys() -> npt.NDArray[np.float32]:
+    """Of twelve questions."""
+    return question_keys(directions(12, 16, 0))
 
 
-def test_a_key_is_the_question_and_half_its_sentence(study: StudyRows) -> None:
-    numbers = np.array([7, 0, 11])
-    found = question_keys(study, numbers)
-    for key, number in zip(found, numbers, strict=True):
-        expected = study.query_vectors[number] + study.source_vectors[study.sources[number]] / 2
-        np.testing.assert_allclose(key, expected, rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(found, found.astype(np.float16), "as it is stored")
+def test_a_key_is_what_is_stored_of_a_vector(keys: npt.NDArray[np.float32]) -> None:
+    np.testing.assert_allclose(keys, directions(12, 16, 0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(keys, keys.astype(np.float16))
+    assert keys.dtype == np.float32
 
 
-def test_what_is_taught_is_what_is_recalled(study: StudyRows) -> None:
-    everything = np.arange(12)
-    memory = memory_of(question_keys(study, everything))
-    units = torch.from_numpy(recalled(study))
-    torch.testing.assert_close(units.norm(dim=1), torch.ones(12))
-    # Asked with a key itself, made as long as all others so that its length decides nothing.
-    memory.questions.copy_(units)
-    torch.testing.assert_close(memory.recall(units), units)
-    some = np.array([3, 5], dtype=np.int32)
-    np.testing.assert_array_equal(recalled(study, some), units[[3, 5]].numpy())
+def test_what_is_taught_is_what_is_recalled(keys: npt.NDArray[np.float32]) -> None:
+    asked = torch.from_numpy(keys)
+    torch.testing.assert_close(memory_of(keys).recall(asked), asked, rtol=0, atol=0)
 
 
-def test_the_recalled_question_by_brute_force(study: StudyRows) -> None:
-    keys, asked = question_keys(study, np.arange(12)), directions(40, 16, 3)
+def test_the_recalled_question_by_brute_force(keys: npt.NDArray[np.float32]) -> None:
+    asked = directions(40, 16, 3)
     found = memory_of(keys).recall(torch.from_numpy(asked)).numpy()
     chosen = set()
     for vector, request in zip(found, asked, strict=True):
         best = max(range(12), key=lambda number: float(keys[number] @ request))
-        np.testing.assert_allclose(vector, keys[best] / np.linalg.norm(keys[best]), rtol=1e-5)
+        np.testing.assert_array_equal(vector, keys[best])
         chosen.add(best)
     assert len(chosen) > 3
 
 
-def test_who_asks_nothing_is_taken_for_nothing(study: StudyRows) -> None:
-    memory = memory_of(question_keys(study, np.arange(12)))
+def test_who_asks_nothing_is_taken_for_nothing(keys: npt.NDArray[np.float32]) -> None:
+    memory = memory_of(keys)
     asked = torch.from_numpy(directions(3, 16, 4))
     asked[1] = 0
     found = memory.recall(asked)
     assert found.ne(0).any(1).tolist() == [True, False, True]
 
 
-def test_free_places_are_never_recalled(study: StudyRows) -> None:
-    keys = question_keys(study, np.arange(12))
+def test_free_places_are_never_recalled(keys: npt.NDArray[np.float32]) -> None:
     with_room = memory_of(np.concatenate([keys, np.zeros((9, 16), np.float32)]))
     asked = torch.from_numpy(np.abs(keys)) + torch.from_numpy(keys)
     torch.testing.assert_close(with_room.recall(asked), memory_of(keys).recall(asked))
@@ -100,8 +76,8 @@ def test_a_memory_of_no_questions_takes_requests_as_they_are() -> None:
     assert memory.familiarity(asked) == [0.0] * 3
 
 
-def test_familiarity_is_the_cosine_to_what_is_recalled(study: StudyRows) -> None:
-    keys, asked = question_keys(study, np.arange(12)), torch.from_numpy(directions(9, 16, 5))
+def test_familiarity_is_the_cosine_to_what_is_recalled(keys: npt.NDArray[np.float32]) -> None:
+    asked = torch.from_numpy(directions(9, 16, 5))
     memory = memory_of(keys)
     expected = F.cosine_similarity(asked, memory.recall(asked))
     torch.testing.assert_close(torch.tensor(memory.familiarity(asked)), expected)
@@ -115,9 +91,7 @@ def test_as_many_as_questions_up_to_a_limit(
     questions: int, width: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recall, "MAX_QUESTIONS", 6)
-    none: Any = np.zeros(0)
-    vectors = np.zeros((questions, width), np.float32)
-    assert num_recalled(StudyRows(none, none, none, vectors, vectors, none)) == expected
+    assert num_recalled(np.zeros((questions, width), np.float32)) == expected
 
 
 def test_beyond_the_limit_other_wordings_go_first() -> None:
@@ -137,12 +111,3 @@ def test_beyond_the_limit_other_wordings_go_first() -> None:
     assert varied(questions, every, 3).tolist() == [0, 2, 4]
     assert varied(questions, np.array([1, 3, 4]), 2).tolist() == [1, 4]
     assert varied(questions, every[:0], 2).tolist() == []
-
-
-def test_text_is_taken_for_what_it_comes_nearest_to(study: StudyRows) -> None:
-    memory = memory_of(question_keys(study, np.arange(12)))
-    contexts = Contexts(directions(600, 16, 6), np.arange(600, dtype=np.int32))
-    found = contexts.recalled(memory)
-    expected = memory.recall(torch.from_numpy(contexts.vectors)).numpy()
-    np.testing.assert_allclose(found.vectors, expected, rtol=1e-6)
-    assert found.blocks is contexts.blocks

@@ -29,13 +29,13 @@ from mlpmem_eval.rag import (
 from mlpmem_eval.rows import append_lines, read_lines, row_key
 from mlpmem_eval.tuning import Tried, Tuned, tune
 from mlpmem_eval.weighing import held_out_answers, weigh
-from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
+from mlpmem_rag.artifact import CARD, CONFIG, ENCODER, MANIFEST, WEIGHTS, Manifest
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ignore_progress
-from mlpmem_rag.query import QueryEncoder, SentenceEncoder
+from mlpmem_rag.query import QueryEncoder, SentenceEncoder, load_encoder
 from mlpmem_rag.storage import write_json
 
 STOP = "\n"
@@ -55,7 +55,7 @@ class Workbench:
         corpus: the documents; None: no arm that reads them can be made.
         max_new_tokens: most tokens of an answer, the same for every arm.
         tuning_questions: written questions to choose settings on, when they are needed.
-        encoder: finds passages; None: the memory's own, or MiniLM.
+        encoder: finds passages; None: see `sentence_encoder`.
         threshold: confidence below which `memory-first` asks RAG; None: see
             `memory_first_threshold`.
         seed: of everything random.
@@ -276,7 +276,7 @@ class Workbench:
         return self.model_settings | {
             "memory": self.manifest.files[WEIGHTS]["sha256"][:16],
             "lambda": self.memory.model.memory_lambda,
-            "encoder": self.memory.encoder.name if self.memory.encoder else None,
+            "encoder": self.memory.model.config.encoder if self.memory.encoder else None,
         }
 
     def retrieval_settings(self, arm: str) -> dict[str, Any]:
@@ -289,16 +289,26 @@ class Workbench:
     @property
     def memory_setup(self) -> Setup:
         """The training, from the memory's own manifest."""
-        names = (CONFIG, WEIGHTS, MANIFEST, CARD)
+        own = {n for n in self.manifest.files if n.startswith(f"{ENCODER}/")}
+        names = {CONFIG, WEIGHTS, MANIFEST, CARD} | own
         size = sum(p.stat().st_size for name in names if (p := self.folder / name).is_file())
         seconds = float(self.manifest.figures.get("total_seconds", 0.0))
         return Setup({"training": seconds}, fixed={"memory": size}, trained=True)
 
 
 def sentence_encoder(memory: MemoryModel) -> QueryEncoder:
-    """The memory's own encoder where it is one of sentences, else MiniLM."""
+    """What finds passages: the encoder that the memory's began as, or MiniLM.
+
+    What that has become finds questions better, but the documents of whole passages worse
+    (docs/experiments.md).
+    """
     if isinstance(memory.encoder, SentenceEncoder):
-        return memory.encoder
+        if memory.encoder.name == (name := memory.model.config.encoder):
+            return memory.encoder
+        try:
+            return load_encoder(name, memory.model.backbone) or memory.encoder
+        except ConfigError:
+            return memory.encoder  # a folder that is elsewhere
     from sentence_transformers import SentenceTransformer
 
     path = str(embedded_model_path(MINILM))
