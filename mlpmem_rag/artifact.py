@@ -138,7 +138,8 @@ def save_artifact(
         shutil.copytree(encoder, staged / ENCODER, copy_function=shutil.copyfile)
     files = listed_files(staged)
     write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
-    for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
+    # Everything is on the disk: only renames are left. The card alone would go unnoticed.
+    for name in (*sorted(files, key=CARD.__eq__), MANIFEST):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).replace(folder / name)
     shutil.rmtree(staged)

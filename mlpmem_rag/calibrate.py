@@ -28,6 +28,7 @@ from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids
 from mlpmem_rag.questions import Question
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.tap import HiddenTap
@@ -383,7 +384,7 @@ def nearest_answers(
     study: StudyRows, questions: Sequence[Question], taught: Numbers, asked: Numbers
 ) -> list[bool]:
     """Whether the learned question nearest to each one asked has the same answer."""
-    similarity = study.query_vectors[asked] @ study.query_vectors[taught].T
+    similarity = study.query_vectors[asked] @ question_keys(study, taught).T
     found = taught[similarity.argmax(1)]
     return [
         exact_match(questions[f].answer, [questions[a].answer])

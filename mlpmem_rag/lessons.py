@@ -207,7 +207,7 @@ class StudyLesson:
         self._columns = columns
         self._config = config
         device = columns.device
-        self._queries = torch.from_numpy(question_keys(study.query_vectors)).to(device)
+        self._queries = torch.from_numpy(question_keys(study)).to(device)
         self._sources = torch.from_numpy(study.source_vectors).to(device)
 
     def loss(self, memory: Memory, rows: Rows, generator: torch.Generator) -> Tensor:

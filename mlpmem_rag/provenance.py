@@ -166,7 +166,7 @@ class Provenance:
         distances = _distances(np.asarray(self.study.keys[rows], np.float32), state, scale)
         numbers = self.study.questions[rows]
         if query is not None:
-            distances += _distances(question_keys(self.study.query_vectors[numbers]), query, 1.0)
+            distances += _distances(question_keys(self.study, numbers), query, 1.0)
         best = int(distances.argmin())
         question = self.questions[int(numbers[best])]
         return Origin(question.document, question.text, question.source, -1, float(distances[best]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +18,34 @@ import numpy.typing as npt
 from mlpmem_rag.query import Vectors
 from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import normalize
+from mlpmem_rag.study import StudyRows
 
 Numbers = npt.NDArray[np.int64]
 
+Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+
 MAX_QUESTIONS = 65_536
+SOURCE_PART = 0.5
+"""Of the sentence that answers a question, in its key (docs/experiments.md)."""
 
 
-def num_recalled(vectors: Vectors) -> int:
-    """M, how many of so many questions a memory keeps; 0 where there is no encoder.
-
-    *Shape:* (G, Q).
-    """
-    questions, width = vectors.shape
+def num_recalled(study: StudyRows) -> int:
+    """M, how many of the questions a memory keeps; 0 where there is no encoder."""
+    questions, width = study.query_vectors.shape
     return min(MAX_QUESTIONS, questions) if width else 0
 
 
-def question_keys(vectors: Vectors) -> Vectors:
-    """By what questions are recalled, and what the memory is taught them by.
+def question_keys(study: StudyRows, numbers: Rows | None = None) -> Vectors:
+    """Each question's own vector and part of its sentence's, at length 1.
 
-    Their own vectors, rounded to half precision, in which they are stored. *Shape:* (M, Q).
+    By its key a question is recalled, and by its key the memory is taught it. Rounded to half
+    precision, in which keys are stored. *Shape:* (M,), or all of them -> (M, Q).
     """
-    rounded: Vectors = vectors.astype(np.float16).astype(np.float32)
+    chosen: Any = slice(None) if numbers is None else numbers
+    sources = study.source_vectors[study.sources[chosen]]
+    keys = study.query_vectors[chosen] + SOURCE_PART * sources
+    keys /= np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
+    rounded: Vectors = keys.astype(np.float16).astype(np.float32)
     return rounded
 
 

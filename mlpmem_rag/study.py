@@ -24,7 +24,7 @@ from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
-from mlpmem_rag.query import QueryEncoder, Vectors, encoded
+from mlpmem_rag.query import PooledEncoder, QueryEncoder, Vectors, encoded
 from mlpmem_rag.questions import Question
 from mlpmem_rag.storage import allocate_array, save_array
 from mlpmem_rag.windows import TokenArray
@@ -41,7 +41,8 @@ class StudyRows:
         next_tokens: these tokens, the end of the answer included. *Shape:* (N,).
         questions: number of the question each row belongs to. *Shape:* (N,).
         query_vectors: of the questions. *Shape:* (G, Q).
-        source_vectors: of the S sentences that answer them. *Shape:* (S, Q).
+        source_vectors: of the S sentences that answer them; zeros where the encoder does not place
+            a sentence near its questions, as the base model's states do not. *Shape:* (S, Q).
         sources: number of the sentence that answers each question. *Shape:* (G,).
     """
 
@@ -125,7 +126,11 @@ def study_rows(
         next_tokens=np.concatenate([runs.answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
         query_vectors=encoded(encoder, [question.text for question in questions]),
-        source_vectors=encoded(encoder, distinct),
+        source_vectors=(
+            np.zeros((len(distinct), encoder.size), np.float32)
+            if isinstance(encoder, PooledEncoder)
+            else encoded(encoder, distinct)
+        ),
         sources=np.array([number_of[question.source] for question in questions], dtype=np.int32),
     )
 

@@ -492,7 +492,7 @@ class Stages:
             config.size,
             query_size=studied.rows.query_vectors.shape[1] if studied else 0,
             hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
-            num_questions=num_recalled(studied.rows.query_vectors) if studied else 0,
+            num_questions=num_recalled(studied.rows) if studied else 0,
         )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
@@ -500,7 +500,7 @@ class Stages:
     def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
         """Keys of the questions that the memory is going to learn."""
         kept = varied(studied.questions, questions, len(memory.questions))
-        keys = question_keys(studied.rows.query_vectors[kept])
+        keys = question_keys(studied.rows, kept)
         memory.questions.zero_()
         memory.questions[: len(kept)] = torch.from_numpy(keys)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -284,9 +285,14 @@ def test_the_nearest_question_by_brute_force() -> None:
     sources, ints = np.eye(2, 8, dtype=np.float32), rng.integers(2, size=60).astype(np.int32)
     study = StudyRows(np.zeros((0, 4), np.float16), ints[:0], ints[:0], vectors, sources, ints)
     taught, asked = np.arange(5, 45), np.arange(45, 60)
+
+    def key(number: np.int64) -> npt.NDArray[np.float32]:
+        whole: npt.NDArray[np.float32] = vectors[number] + sources[ints[number]] / 2
+        return whole / np.linalg.norm(whole)
+
     expected = []
     for a in asked:
-        nearest = max(taught, key=lambda t: float(vectors[a] @ vectors[t]))
+        nearest = max(taught, key=lambda t: float(vectors[a] @ key(t)))
         expected.append(exact_match(answers[nearest], [answers[a]]))
     found = nearest_answers(study, questions, taught, asked)
     assert found == expected

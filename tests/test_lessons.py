@@ -30,6 +30,7 @@ from mlpmem_rag.lessons import (
 )
 from mlpmem_rag.memory import Memory, MemoryConfig, new_memory
 from mlpmem_rag.query import Vectors
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.targets import Targets
 
@@ -140,7 +141,7 @@ def test_a_share_of_the_queries_moves_part_of_the_way(share: float) -> None:
 def by_hand(memory: Memory, study: StudyRows, rows: Rows) -> Tensor:
     """Cross-entropy of the answers' tokens over the memory's own vocabulary."""
     keys = torch.from_numpy(study.keys[rows].astype(np.float32))
-    queries = torch.from_numpy(study.query_vectors[study.questions[rows]])
+    queries = torch.from_numpy(question_keys(study, study.questions[rows]))
     truth = [CORPUS_TOKENS.tolist().index(token) for token in study.next_tokens[rows]]
     return F.cross_entropy(memory(keys, queries), torch.tensor(truth))
 
@@ -209,7 +210,7 @@ def test_queries_move_towards_the_sentence_of_their_own_question(
     assert asked is not None
     for row, found in zip(rows, asked.numpy(), strict=True):
         question = study.questions[row]
-        query = study.query_vectors[question]
+        query = question_keys(study, np.array([question]))[0]
         source = study.source_vectors[study.sources[question]]
         plane = np.linalg.qr(np.stack([query, source], 1))[0]
         np.testing.assert_allclose(plane @ (plane.T @ found), found, atol=1e-5)
@@ -318,6 +319,6 @@ def test_answers_to_the_right_question_are_learned(tmp_path: Path, study: StudyR
     settings = DistillConfig(learning_rate=1e-2, epochs=60, batch_rows=30)
     distill(memory, lesson, np.arange(STUDY_ROWS), settings, tmp_path, validate=None)
     with torch.no_grad():
-        queries = torch.from_numpy(study.query_vectors)
+        queries = torch.from_numpy(question_keys(study))
         found = memory_log_probs(memory, torch.ones(QUESTIONS, HIDDEN), queries).argmax(1)
     np.testing.assert_array_equal(CORPUS_TOKENS[found], token_of)

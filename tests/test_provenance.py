@@ -74,7 +74,7 @@ def slowly(
     for n in range(rows.study.num_rows):
         if rows.study.next_tokens[n] == token:
             number = rows.study.questions[n]
-            vector = question_keys(rows.study.query_vectors)[number]
+            vector = question_keys(rows.study)[number]
             far = distance(rows.study.keys[n], state, scale) + distance(vector, query, 1.0)
             asked = rows.questions[number]
             found.append(Origin(asked.document, asked.text, asked.source, -1, far))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,6 +14,7 @@ from mlpmem_rag import recall
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.questions import Question
 from mlpmem_rag.recall import num_recalled, question_keys, varied
+from mlpmem_rag.study import StudyRows
 
 
 def directions(count: int, width: int, seed: int) -> npt.NDArray[np.float32]:
@@ -29,15 +32,35 @@ def memory_of(keys: npt.NDArray[np.float32]) -> Memory:
 
 
 @pytest.fixture
-def keys() -> npt.NDArray[np.float32]:
-    """Of twelve questions."""
-    return question_keys(directions(12, 16, 0))
+def study() -> StudyRows:
+    """Twelve questions of five sentences."""
+    none = np.zeros(0, np.int32)
+    places = np.random.default_rng(2).integers(5, size=12).astype(np.int32)
+    return StudyRows(
+        np.zeros((0, 8), np.float16),
+        none,
+        none,
+        directions(12, 16, 0),
+        directions(5, 16, 1),
+        places,
+    )
 
 
-def test_a_key_is_what_is_stored_of_a_vector(keys: npt.NDArray[np.float32]) -> None:
-    np.testing.assert_allclose(keys, directions(12, 16, 0), rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(keys, keys.astype(np.float16))
-    assert keys.dtype == np.float32
+@pytest.fixture
+def keys(study: StudyRows) -> npt.NDArray[np.float32]:
+    return question_keys(study)
+
+
+def test_a_key_is_the_question_and_half_its_sentence(study: StudyRows) -> None:
+    numbers = np.array([7, 0, 11])
+    found = question_keys(study, numbers)
+    for key, number in zip(found, numbers, strict=True):
+        expected = study.query_vectors[number] + study.source_vectors[study.sources[number]] / 2
+        np.testing.assert_allclose(key, expected / np.linalg.norm(expected), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found, found.astype(np.float16), "as it is stored")
+    np.testing.assert_array_equal(question_keys(study)[numbers], found)
+    without = replace(study, source_vectors=np.zeros_like(study.source_vectors))
+    np.testing.assert_allclose(question_keys(without), study.query_vectors, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_taught_is_what_is_recalled(keys: npt.NDArray[np.float32]) -> None:
@@ -91,7 +114,9 @@ def test_as_many_as_questions_up_to_a_limit(
     questions: int, width: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recall, "MAX_QUESTIONS", 6)
-    assert num_recalled(np.zeros((questions, width), np.float32)) == expected
+    vectors, none = np.zeros((questions, width), np.float32), np.zeros(0, np.int32)
+    rows = StudyRows(np.zeros((0, 8), np.float16), none, none, vectors, vectors, none)
+    assert num_recalled(rows) == expected
 
 
 def test_beyond_the_limit_other_wordings_go_first() -> None:
