@@ -108,7 +108,7 @@ def adapt(
         TrainingError: the loss is no longer finite.
     """
     catalogue = _Catalogue.of(questions)
-    steps = min(STEPS, math.ceil(len(questions) / (SENTENCES * ANSWERS**2)))
+    steps = num_steps(len(questions))
     rng = np.random.default_rng(seed)
     for embedding in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
         embedding.requires_grad_(False)
@@ -132,6 +132,11 @@ def adapt(
             optimizer.step()
             on_progress(ProgressEvent("encoder", step + 1, steps, "steps"))
     model.eval()
+
+
+def num_steps(questions: int) -> int:
+    """An epoch of so many questions, `STEPS` at most."""
+    return min(STEPS, math.ceil(questions / (SENTENCES * ANSWERS**2)))
 
 
 def contrast(model: SentenceTransformer, lesson: Lesson) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mlpmem_rag.adaptation import num_steps
 from mlpmem_rag.backbone import Backbone, mlp_shape
 from mlpmem_rag.cells import compared_rows, num_cells, search_bytes
 from mlpmem_rag.contexts import BLOCK
@@ -47,6 +48,8 @@ CONTEXT_BYTES = 8
 """Of a token: its share of a context's vector, and which one that is, apart from its width."""
 ENCODER_BYTES = 50 * 2**20
 """Of a query encoder that has read the corpus, once in the working folder, once in the memory."""
+STEP_TOKENS = 1000
+"""Tokens that the base model reads in the time of one of the encoder's training steps, about."""
 DISTANCE_BYTES = 130
 """Of a row: its nearest distances, while their mean is taken."""
 ORDER_BYTES = 24
@@ -232,7 +235,11 @@ def _project(
     searched = rows if exact else num_cells(rows) + compared_rows(rows)
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if study_rows:
-        forward_study = STUDY_TOKENS_PER_TOKEN * rows * forward
+        steps = num_steps(round(QUESTIONS_PER_TOKEN * rows))
+        questions = {
+            "encoder": STEP_TOKENS * steps * forward,
+            "study": STUDY_TOKENS_PER_TOKEN * rows * forward,
+        }
         rows_in_all = rows + study_rows
         epochs_rows = long_enough(distill, rows_in_all, alike=False).epochs * rows_in_all
     return {
@@ -240,7 +247,7 @@ def _project(
         "neighbors": rows * searched * _compare_seconds(backbone.hidden_size, backbone.device),
         "targets": rows * TARGET_SECONDS,
         "base scores": 2 * held_out * computed * forward * 3,  # with the output head
-        **({"study": forward_study} if study_rows else {}),
+        **(questions if study_rows else {}),
         "distil": epochs_rows / distill.batch_rows * step,
     }
 

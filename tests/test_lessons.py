@@ -197,7 +197,7 @@ def test_noise_is_on_both_inputs_and_queries_keep_their_length(
     assert 0 < relative.min() < relative.max() <= 0.5 + 1e-4
     # A unit vector with noise of length 0.9 turns by no more than asin(0.9).
     turned = (asked * queries).sum(1)
-    assert math.sqrt(1 - 0.9**2) - 1e-4 <= turned.min() < turned.max() <= 1 + 1e-5
+    assert math.sqrt(1 - 0.9**2) - 1e-3 <= turned.min() < turned.max() <= 1 + 1e-3
     assert turned.min() < 0.9
 
 
