@@ -138,21 +138,23 @@ def save_artifact(
         shutil.copytree(encoder, staged / ENCODER, copy_function=shutil.copyfile)
     files = listed_files(staged)
     write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
-    # Everything is on the disk: only renames are left. The card alone would go unnoticed.
-    for name in (*sorted(files, key=CARD.__eq__), MANIFEST):
+    for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).replace(folder / name)
     shutil.rmtree(staged)
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a manifest says of all that a folder holds."""
+    """What a manifest says of all that a folder holds; of the card, last.
+
+    In this order they are renamed, and a new card alone would go unnoticed.
+    """
     return {
         path.relative_to(folder).as_posix(): {
             "sha256": sha256(path),
             "bytes": path.stat().st_size,
         }
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.rglob("*"), key=lambda path: (path == folder / CARD, path))
         if path.is_file()
     }
 

@@ -155,7 +155,7 @@ LIMITS = {
     "num_blocks": (0, 2**12),
     "vocab_size": (1, 2**24),
     "query_size": (0, 2**20),
-    "num_prototypes": (0, 2**24),
+    "num_questions": (0, 2**24),
     "inner_size": (0, 2**20),
 }
 
