@@ -39,7 +39,8 @@ class MemoryConfig:
         query_size: Q, width of the query vector; 0: the memory reads the hidden state alone.
         hidden_scale: hidden states are divided by it, so that they and the query vector weigh
             alike.
-        num_questions: M, learned questions that requests are recognised as; see `Memory.recall`.
+        num_questions: M, learned questions that are known by their keys; see `mlpmem_rag.recall`.
+        recalls: whether requests are taken for these; see `Memory.recall`.
         norm_eps: added to variances in the norms.
         inner_size: width that hidden states are first mapped to, as in published checkpoints whose
             memory is not as wide as the base; 0: they are taken as they are.
@@ -54,6 +55,7 @@ class MemoryConfig:
     query_size: int = 0
     hidden_scale: float = 1.0
     num_questions: int = 0
+    recalls: bool = False
     norm_eps: float = 1e-5
     inner_size: int = 0
 
@@ -72,6 +74,7 @@ def derive_config(
     query_size: int = 0,
     hidden_scale: float = 1.0,
     num_questions: int = 0,
+    recalls: bool = False,
 ) -> MemoryConfig:
     """The memory that belongs to a base model, a corpus vocabulary and a size.
 
@@ -90,6 +93,7 @@ def derive_config(
         query_size=query_size,
         hidden_scale=hidden_scale,
         num_questions=num_questions,
+        recalls=recalls,
     )
 
 
@@ -198,23 +202,25 @@ class Memory(nn.Module):
     def recall(self, query: Tensor) -> Tensor:
         """The learned question that each request comes nearest to, as the blocks were taught it.
 
-        A row of zeros, where nothing is asked, stays one; a memory of no questions takes requests
-        as they are. *Shape:* (B, Q) -> (B, Q).
+        A row of zeros, where nothing is asked, stays one; a memory of no questions, or that does
+        not recall, takes requests as they are. *Shape:* (B, Q) -> (B, Q).
         """
-        if not self.config.num_questions:
+        if not (self.config.num_questions and self.config.recalls):
             return query
-        nearest = (query.to(self.questions) @ self.questions.T).argmax(-1)
-        return torch.where(query.ne(0).any(-1, keepdim=True), self.questions[nearest], 0.0)
+        return torch.where(query.ne(0).any(-1, keepdim=True), self._nearest(query), 0.0)
+
+    def _nearest(self, query: Tensor) -> Tensor:
+        return self.questions[(query.to(self.questions) @ self.questions.T).argmax(-1)]
 
     def familiarity(self, query: Tensor) -> list[float]:
-        """How near each request is to what it is recalled as; 0 for a memory of no questions.
+        """How near each request is to a question learned; 0 for a memory of no questions.
 
         The cosine. *Shape:* (B, Q) -> B numbers, -1 to 1.
         """
         if not self.config.num_questions:
             return [0.0] * len(query)
-        recalled = self.recall(query).float()
-        cosines: list[float] = F.cosine_similarity(query.to(recalled), recalled).tolist()
+        nearest = self._nearest(query).float()
+        cosines: list[float] = F.cosine_similarity(query.to(nearest), nearest).tolist()
         return cosines
 
     def log_probs(

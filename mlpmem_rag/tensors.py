@@ -57,6 +57,8 @@ def parse_shape(values: dict[str, Any]) -> MemoryConfig:
             raise ValueError(f"memory.{name} is {value!r}, allowed are numbers above 0")
     if type(config.gated) is not bool or not isinstance(config.activation, str):
         raise ValueError(f"memory.gated {config.gated!r}, memory.activation {config.activation!r}")
+    if type(config.recalls) is not bool:
+        raise ValueError(f"memory.recalls {config.recalls!r}, allowed are true and false")
     return config
 
 

@@ -493,6 +493,7 @@ class Stages:
             query_size=studied.rows.query_vectors.shape[1] if studied else 0,
             hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
             num_questions=num_recalled(studied.rows) if studied else 0,
+            recalls=bool(studied and isinstance(self._encoder, SentenceEncoder)),
         )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)

@@ -25,7 +25,9 @@ def directions(count: int, width: int, seed: int) -> npt.NDArray[np.float32]:
 
 def memory_of(keys: npt.NDArray[np.float32]) -> Memory:
     count, width = keys.shape
-    config = MemoryConfig(8, 8, 1, "silu", True, 4, query_size=width, num_questions=count)
+    config = MemoryConfig(
+        8, 8, 1, "silu", True, 4, query_size=width, num_questions=count, recalls=True
+    )
     memory = Memory(config)
     memory.questions.copy_(torch.from_numpy(keys))
     return memory
@@ -97,6 +99,17 @@ def test_a_memory_of_no_questions_takes_requests_as_they_are() -> None:
     memory, asked = memory_of(np.zeros((0, 16), np.float32)), torch.ones(3, 16)
     assert memory.recall(asked) is asked
     assert memory.familiarity(asked) == [0.0] * 3
+
+
+def test_a_memory_that_does_not_recall_knows_what_is_familiar(
+    keys: npt.NDArray[np.float32],
+) -> None:
+    memory = memory_of(keys)
+    plain = Memory(replace(memory.config, recalls=False))
+    plain.questions.copy_(memory.questions)
+    asked = torch.from_numpy(directions(9, 16, 5))
+    assert plain.recall(asked) is asked
+    assert plain.familiarity(asked) == memory.familiarity(asked)
 
 
 def test_familiarity_is_the_cosine_to_what_is_recalled(keys: npt.NDArray[np.float32]) -> None:

@@ -120,7 +120,9 @@ def test_neighbours_are_those_of_the_cpu(
 
 def test_a_request_is_taken_for_the_same_question_as_on_a_cpu() -> None:
     random = torch.Generator().manual_seed(0)
-    memory = Memory(MemoryConfig(8, 8, 1, "silu", True, 4, query_size=24, num_questions=500))
+    memory = Memory(
+        MemoryConfig(8, 8, 1, "silu", True, 4, query_size=24, num_questions=500, recalls=True)
+    )
     memory.questions.copy_(torch.randn(500, 24, generator=random))
     asked = F.normalize(torch.randn(40, 24, generator=random), dim=1)
     expected = memory.recall(asked)
