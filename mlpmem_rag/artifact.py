@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def encoder_files(self) -> dict[str, dict[str, Any]]:
+        """Those of a query encoder that lies inside."""
+        return {n: entry for n, entry in self.files.items() if n.startswith(f"{ENCODER}/")}
+
 
 _MANIFEST_KINDS = {
     "created": str,
@@ -124,24 +129,19 @@ def save_artifact(
         card: for people.
         encoder: folder of a query encoder that is the memory's own; None: it goes by its name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **asdict(settings)}
     weights = {name: tensor.contiguous().cpu() for name, tensor in memory.state_dict().items()}
     weights["questions"] = weights["questions"].half()  # as they were made
-    staged = folder / WORK / "finished"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    write_json(staged / CONFIG, config)
-    replace_file(staged / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
-    replace_file(staged / CARD, lambda path: path.write_text(card, encoding="utf-8"))
-    if encoder is not None:
-        shutil.copytree(encoder, staged / ENCODER, copy_function=shutil.copyfile)
-    files = listed_files(staged)
-    write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
-    for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (staged / name).replace(folder / name)
-    shutil.rmtree(staged)
+
+    def fill(staged: Path) -> None:
+        write_json(staged / CONFIG, config)
+        replace_file(staged / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
+        (staged / CARD).write_text(card, encoding="utf-8")
+        if encoder is not None:
+            shutil.copytree(encoder, staged / ENCODER, copy_function=shutil.copyfile)
+        write_json(staged / MANIFEST, {**asdict(manifest), "files": listed_files(staged)})
+
+    replace_memory(folder, folder / WORK / "finished", fill)
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -157,6 +157,46 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
         for path in sorted(folder.rglob("*"), key=lambda path: (path == folder / CARD, path))
         if path.is_file()
     }
+
+
+def replace_memory(folder: Path, staged: Path, fill: Callable[[Path], None]) -> None:
+    """Put a memory into a folder once all of it is written; the manifest comes last.
+
+    Nothing stays of what an earlier one had there.
+
+    Args:
+        folder: where to.
+        staged: a folder on the same disk, made for this and then removed.
+        fill: writes the memory, its manifest included, to the folder that it is given.
+    """
+    earlier = _listed(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        fill(staged)
+        files = load_manifest(staged).files
+        for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).replace(folder / name)
+        _remove(folder, earlier - set(files))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of the memory that is in a folder, if there is one."""
+    try:
+        return set(load_manifest(folder).files)
+    except ArtifactError:
+        return set()
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Take away files of an earlier memory that the new one does not have."""
+    for name in names:
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
 
 
 def load_settings(folder: Path) -> MemorySettings:

@@ -35,6 +35,7 @@ from mlpmem_rag.artifact import (
     load_memory,
     parse_settings,
     read_folder_json,
+    replace_memory,
     save_artifact,
     verify_files,
 )
@@ -42,16 +43,15 @@ from mlpmem_rag.backbone import BaseReference, tokenizer_fingerprint, weights_fi
 from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.integrity import Verify
-from mlpmem_rag.memory import Memory
 from mlpmem_rag.storage import write_json
 from mlpmem_rag.tensors import parse_shape
 
 if TYPE_CHECKING:
     from mlpmem_rag.model import MLPMemForCausalLM
 
-STAGED = ".saving"
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", CARD)
 """What is fetched from a hub repository: no code, nothing pickled."""
+STAGED = ".saving"
 HUB_OPTIONS = (
     "repo_id",
     "commit_message",
@@ -82,15 +82,12 @@ class Source:
     @property
     def encoder_folder(self) -> Path | None:
         """Where the query encoder lies; None: it goes by its name."""
-        inside = any(name.startswith(f"{ENCODER}/") for name in self.manifest.files)
-        return self.folder / ENCODER if inside else None
+        return self.folder / ENCODER if self.manifest.encoder_files else None
 
     @property
     def encoder_weights(self) -> str | None:
         """What tells this encoder from others; None: its name does."""
-        entries = self.manifest.files.items()
-        sums = [f["sha256"] for n, f in entries if n.startswith(f"{ENCODER}/")]
-        return " ".join(sums) or None
+        return " ".join(f["sha256"] for f in self.manifest.encoder_files.values()) or None
 
 
 def open_folder(folder: Path, how: Verify = Verify.full) -> Source:
@@ -174,23 +171,20 @@ def save_memory(model: MLPMemForCausalLM, folder: Path) -> None:
             "merge_base=False, but the base model of this memory has no name to load it by; "
             "save it with merge_base=True"
         )
-    encoder = model.source.encoder_folder if model.source else None
-    save_alone(folder, parse_settings(config.to_dict()), model.memory, *_origin(model), encoder)
+    settings = parse_settings(config.to_dict())
+    encoder = own_encoder(model.source, settings)
+    save_artifact(folder, settings, model.memory, *_origin(model), encoder)
+    drop_work(folder)
 
 
-def save_alone(
-    folder: Path,
-    settings: MemorySettings,
-    memory: Memory,
-    manifest: Manifest,
-    card: str,
-    encoder: Path | None = None,
-) -> None:
-    """`save_artifact`, and nothing stays of what the folder held of an earlier memory."""
-    earlier = _listed(folder)
-    save_artifact(folder, settings, memory, manifest, card, encoder)
-    _remove(folder, earlier - _listed(folder))
-    with contextlib.suppress(OSError):  # not empty: a training's own
+def own_encoder(source: Source | None, settings: MemorySettings) -> Path | None:
+    """Folder of an encoder that no name leads to: the one that a memory recalls with."""
+    return source.encoder_folder if source and settings.memory.recalls else None
+
+
+def drop_work(folder: Path) -> None:
+    """Take away the working folder that writing needed; a training's own is not empty and stays."""
+    with contextlib.suppress(OSError):
         (folder / WORK).rmdir()
 
 
@@ -211,10 +205,9 @@ def save_merged(model: MLPMemForCausalLM, folder: Path, write: Callable[[Path], 
             encoder(staged / ENCODER)
         manifest, card = _origin(model)
         (staged / CARD).write_text(card, encoding="utf-8")
-        files = listed_files(staged)
-        write_json(staged / MANIFEST, {**asdict(manifest), "files": files})
+        write_json(staged / MANIFEST, {**asdict(manifest), "files": listed_files(staged)})
 
-    _replace(folder, fill)
+    replace_memory(folder, folder / STAGED, fill)
 
 
 def copy_memory(source: Source, folder: Path) -> None:
@@ -225,40 +218,7 @@ def copy_memory(source: Source, folder: Path) -> None:
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / name, staged / name)
 
-    _replace(folder, fill)
-
-
-def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Put a memory into a folder once all of it is written; the manifest comes last."""
-    staged = folder / STAGED
-    earlier = _listed(folder)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        fill(staged)
-        files = load_manifest(staged).files
-        for name in (*files, MANIFEST):  # everything is on the disk: only renames are left
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (staged / name).replace(folder / name)
-        _remove(folder, earlier - set(files))
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _listed(folder: Path) -> set[str]:
-    """The files of the memory that is in a folder, if there is one."""
-    try:
-        return set(load_manifest(folder).files)
-    except ArtifactError:
-        return set()
-
-
-def _remove(folder: Path, names: set[str]) -> None:
-    """Take away files of an earlier memory that the new one does not have."""
-    for name in names:
-        path = (folder / name).resolve()
-        if path.is_relative_to(folder.resolve()):
-            path.unlink(missing_ok=True)
+    replace_memory(folder, folder / STAGED, fill)
 
 
 def _saved_encoder(model: MLPMemForCausalLM) -> Callable[[Path], None] | None:

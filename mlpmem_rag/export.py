@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlpmem_rag import checkpoint
-from mlpmem_rag.artifact import load_memory, load_settings
+from mlpmem_rag.artifact import load_memory, load_settings, save_artifact
 from mlpmem_rag.backbone import STORED
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.model import load_model
@@ -41,7 +41,9 @@ def export_memory(
     settings = load_settings(source.folder)
     memory = load_memory(source.folder, settings.memory, inside=source.merged)
     if not merge_base:
-        checkpoint.save_alone(out, settings, memory, source.manifest, source.card)
+        encoder = checkpoint.own_encoder(source, settings)
+        save_artifact(out, settings, memory, source.manifest, source.card, encoder)
+        checkpoint.drop_work(out)
         return
     model, _, _ = load_model(source.folder, base_model=base_model, device="cpu", dtype=STORED)
     model.memory = memory  # not as it was rounded to the base model's number format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mlpmem_rag.artifact import CARD, CONFIG, ENCODER, MANIFEST, WEIGHTS, WORK
+from mlpmem_rag.artifact import (
+    CARD,
+    CONFIG,
+    ENCODER,
+    MANIFEST,
+    WEIGHTS,
+    WORK,
+    load_manifest,
+    load_memory,
+    load_settings,
+    save_artifact,
+)
 from mlpmem_rag.backbone import load_backbone
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.export import export_memory
@@ -87,6 +99,28 @@ def test_there_and_back_it_is_the_same_memory(tmp_path: Path, memory: Path) -> N
     assert {p.name for p in (tmp_path / "back").iterdir()} == {CONFIG, WEIGHTS, MANIFEST, CARD}
     for name in (CONFIG, WEIGHTS, CARD):
         assert (tmp_path / "back" / name).read_bytes() == (memory / name).read_bytes()
+
+
+def test_an_encoder_that_has_read_the_corpus_goes_everywhere(
+    tmp_path: Path, memory: Path, sentence_folder: Path
+) -> None:
+    settings = load_settings(memory)
+    recalling = replace(settings, memory=replace(settings.memory, recalls=True))
+    weights = load_memory(memory, settings.memory)
+    own = tmp_path / "own"
+    save_artifact(own, recalling, weights, load_manifest(memory), "# Card\n", sentence_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(own)
+    model.save_pretrained(tmp_path / "saved")
+    export_memory(own, tmp_path / "whole", merge_base=True)
+    export_memory(tmp_path / "whole", tmp_path / "back", merge_base=False)
+    for name in ("saved", "back"):
+        listed = load_manifest(tmp_path / name).encoder_files
+        assert any(file.endswith(".safetensors") for file in listed)
+        assert all((tmp_path / name / file).is_file() for file in listed)
+    # Another memory at the same place takes it away.
+    save_artifact(own, settings, weights, load_manifest(memory), "# Card\n")
+    assert not load_manifest(own).encoder_files
+    assert not list((own / ENCODER).rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("merge_base", [False, True])

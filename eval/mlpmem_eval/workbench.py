@@ -29,7 +29,7 @@ from mlpmem_eval.rag import (
 from mlpmem_eval.rows import append_lines, read_lines, row_key
 from mlpmem_eval.tuning import Tried, Tuned, tune
 from mlpmem_eval.weighing import held_out_answers, weigh
-from mlpmem_rag.artifact import CARD, CONFIG, ENCODER, MANIFEST, WEIGHTS, Manifest
+from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ConfigError
@@ -289,8 +289,7 @@ class Workbench:
     @property
     def memory_setup(self) -> Setup:
         """The training, from the memory's own manifest."""
-        own = {n for n in self.manifest.files if n.startswith(f"{ENCODER}/")}
-        names = {CONFIG, WEIGHTS, MANIFEST, CARD} | own
+        names = (CONFIG, WEIGHTS, MANIFEST, CARD, *self.manifest.encoder_files)
         size = sum(p.stat().st_size for name in names if (p := self.folder / name).is_file())
         seconds = float(self.manifest.figures.get("total_seconds", 0.0))
         return Setup({"training": seconds}, fixed={"memory": size}, trained=True)
@@ -302,13 +301,14 @@ def sentence_encoder(memory: MemoryModel) -> QueryEncoder:
     What that has become finds questions better, but the documents of whole passages worse
     (docs/experiments.md).
     """
-    if isinstance(memory.encoder, SentenceEncoder):
-        if memory.encoder.name == (name := memory.model.config.encoder):
-            return memory.encoder
+    own, first = memory.encoder, memory.model.config.encoder
+    if isinstance(own, SentenceEncoder):
+        if own.name == first:
+            return own
         try:
-            return load_encoder(name, memory.model.backbone) or memory.encoder
+            return load_encoder(first, memory.model.backbone) or own
         except ConfigError:
-            return memory.encoder  # a folder that is elsewhere
+            return own  # where it began is a folder that has gone
     from sentence_transformers import SentenceTransformer
 
     path = str(embedded_model_path(MINILM))
