@@ -93,7 +93,7 @@ def answer_batch(
         batch = order[first : first + BATCH]
         ids, mask = left_padded([prompts[number] for number in batch], config.pad_token_id)
         vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
-        recorder = Recorder(None if vectors is None else model.memory.familiarity(vectors))
+        recorder = Recorder(None if vectors is None else model.familiarity(vectors))
         output = generator.generate(
             inputs=ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -69,7 +69,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
 
     def place(self, query: Tensor) -> Tensor:
         """As `recall` lays them out, taken as they are. *Shape:* (B, Q) -> (B, R)."""
-        raise NotImplementedError
+        return query
 
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
@@ -111,7 +111,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         memory_lambda: float | None = None,
         query_vector: Tensor | None = None,
         query_text: str | Sequence[str] | None = None,
-        recall: bool | None = None,
+        recall: bool = True,
         **kwargs: Any,  # noqa: ANN401
     ) -> CausalLMOutputWithPast:
         """Log-probabilities of the mixture as `logits` (the base's own logits at lambda 0).
@@ -149,8 +149,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             if query is None:
                 query_vector = self._asked_in(input_ids, past_key_values)
         if query_vector is not None and self.query_size:
-            query = self._checked(query_vector, len(given))
-            query = self.place(query) if recall is False else self.recalled(query)
+            query = self.told(self._checked(query_vector, len(given)), recall=recall)
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
         taps = self._taps if lambda_ > 0 else {}
         if taps or self.base.dtype == torch.bfloat16:  # there, the base's own bits stay the same
@@ -275,6 +274,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         prefill = cache is None or int(cache.get_seq_length()) == 0
         return self.queries_in(input_ids) if prefill else None
 
+    def told(self, query: Tensor, *, recall: bool) -> Tensor:
+        """What the memories read, of a question or of text that goes on. *Shape:* -> (B, R)."""
+        return self.recalled(query) if recall else self.place(query)
+
     def recalled(self, query: Tensor) -> Tensor:
         """`recall`, once for the tensor that generation hands to every step of its own."""
         if torch.compiler.is_compiling():
@@ -304,7 +307,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,  # noqa: ANN401
     ) -> dict[str, Any]:
         """The base's, since every architecture has its own needs."""
-        mine = {name: kwargs.pop(name, None) for name in MINE}
+        mine = {name: kwargs.pop(name) for name in MINE if name in kwargs}
         inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -274,8 +274,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
         view = None
         if query is not None and model.query_size:
-            told = query.to(model.device)
-            view = model.recalled(told) if first.question else told
+            view = model.told(query.to(model.device), recall=first.question)
         note = recorder.note if recorder else None
         generate_early(model, reading, unread, view, weight, writers, note)
         return
@@ -297,8 +296,8 @@ def _recorder(generations: Sequence[Generation], query: Tensor | None) -> Record
     """Of the lines of a batch, where one of them tells a confidence. *Shape:* (B, Q)."""
     if not any(generation.has_confidence for generation in generations):
         return None
-    memory = generations[0].parts.model.memory
-    recorder = Recorder(None if query is None else memory.familiarity(query))
+    model = generations[0].parts.model
+    recorder = Recorder(None if query is None else model.familiarity(query))
     for line, generation in enumerate(generations):
         generation.record(recorder, line)
     return recorder

@@ -212,14 +212,17 @@ class Memory(nn.Module):
     def _nearest(self, query: Tensor) -> Tensor:
         return self.questions[(query.to(self.questions) @ self.questions.T).argmax(-1)]
 
-    def familiarity(self, query: Tensor) -> list[float]:
+    def familiarity(self, query: Tensor, recalled: Tensor | None = None) -> list[float]:
         """How near each request is to a question learned; 0 for a memory of no questions.
 
-        The cosine. *Shape:* (B, Q) -> B numbers, -1 to 1.
+        The cosine; `recalled` is what `recall` has made of it, where that is known.
+        *Shapes:* (B, Q) -> B numbers, -1 to 1.
         """
         if not self.config.num_questions:
             return [0.0] * len(query)
-        nearest = self._nearest(query).float()
+        if recalled is None or not self.config.recalls:
+            recalled = self._nearest(query)
+        nearest = recalled.float()
         cosines: list[float] = F.cosine_similarity(query.to(nearest), nearest).tolist()
         return cosines
 

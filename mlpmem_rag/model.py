@@ -139,9 +139,10 @@ class MLPMemForCausalLM(AugmentedLM):
         """See `Memory.recall`. *Shape:* (B, Q) -> (B, Q)."""
         return self.memory.recall(query)
 
-    def place(self, query: Tensor) -> Tensor:
-        """*Shape:* (B, Q) -> (B, Q)."""
-        return query
+    def familiarity(self, query: Tensor) -> list[float]:
+        """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, Q)."""
+        told = query.to(self.device)
+        return self.memory.familiarity(told, self.recalled(told) if self.query_size else None)
 
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float

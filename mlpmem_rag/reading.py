@@ -183,7 +183,7 @@ def answer_trace(
     )
     chosen = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
     entropies = torch.special.entr(log_probs.exp()).sum(-1)
-    near = 0.0 if query_vector is None else model.memory.familiarity(query_vector)[0]
+    near = 0.0 if query_vector is None else model.familiarity(query_vector)[0]
     return Trace(tuple(chosen.tolist()), tuple(entropies.tolist()), near)
 
 

@@ -51,6 +51,8 @@ def question_keys(study: StudyRows, numbers: Rows | None = None) -> Vectors:
 
 def varied(questions: Sequence[Question], numbers: Numbers, most: int) -> Numbers:
     """At most so many of the numbered questions: other wordings of one answer go first. Sorted."""
+    if len(numbers) <= most:
+        return np.sort(numbers)
     wordings: Counter[tuple[str, str, str]] = Counter()
     ranks = np.empty(len(numbers), dtype=np.int64)
     for place, number in enumerate(numbers):

@@ -161,22 +161,15 @@ class MemoryStack(AugmentedLM):
 
     def recall(self, query: Tensor) -> Tensor:
         """As each memory does for itself, one after the other. *Shape:* (B, Q) -> (B, R)."""
-        parts = [self._memory(name).recall(view) for name, view in self._views(query)]
-        return torch.cat(parts, dim=1) if parts else query
+        placed = self.place(query)
+        places = self._places().items()
+        return torch.cat([self._memory(n).recall(placed[:, part]) for n, part in places], dim=1)
 
     def place(self, query: Tensor) -> Tensor:
         """What each memory is told, one after the other. *Shape:* (B, Q) -> (B, R)."""
-        parts = [view for _, view in self._views(query)]
-        return torch.cat(parts, dim=1) if parts else query
-
-    def _views(self, query: Tensor) -> list[tuple[str, Tensor]]:
-        """What the encoder of each memory that has one says. *Shape:* (B, Q)."""
         views = slices(self._members.values())
-        return [
-            (name, query[:, views[member.view]])
-            for name, member in self._members.items()
-            if member.settings.memory.query_size
-        ]
+        reading = [m for m in self._members.values() if m.settings.memory.query_size]
+        return torch.cat([query[:, views[member.view]] for member in reading], dim=1)
 
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float

@@ -19,7 +19,7 @@ def sharing_base(memory: MemoryModel, replacement: torch.nn.Module, lambda_: flo
     Args:
         memory: the original, which is left as it is.
         replacement: has `log_probs`, `corpus_tokens` and `config` as a `Memory` has; and
-            `familiarity`, where it reads query vectors.
+            `recall` and `familiarity`, where it reads query vectors.
         lambda_: mixing weight of the twin; it has no gate, no temperature and no confidence.
     """
     config = copy.deepcopy(memory.model.config)
