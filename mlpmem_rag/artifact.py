@@ -26,6 +26,7 @@ from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.query import NONE
 from mlpmem_rag.storage import replace_file, write_json
 from mlpmem_rag.tensors import (
+    check_drafts,
     check_headers,
     check_tokens,
     parse_shape,
@@ -33,7 +34,7 @@ from mlpmem_rag.tensors import (
     read_tensors,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 SAFETENSORS = ".safetensors"
@@ -326,6 +327,7 @@ def load_memory(
     names = list(check_headers(headers, config, folder / WEIGHTS))
     tensors = read_tensors(headers, names, prefix)
     check_tokens(tensors["corpus_tokens"], folder / WEIGHTS, num_tokens)
+    check_drafts(tensors["drafts"], folder / WEIGHTS, num_tokens)
     # A copy: it alone would keep the whole file mapped after a cast of the weights.
     tensors["corpus_tokens"] = tensors["corpus_tokens"].clone()
     with torch.device("meta"):

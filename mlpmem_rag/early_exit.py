@@ -4,8 +4,14 @@ With p = w p_mem + (1 - w) p_LM the base model moves at most 1 - w between any t
 memory's best token leads its second best by more, w (p_1 - p_2) > 1 - w, the mixture's best token
 is the memory's, whatever the base model says. Its layers after the one that the memory reads, and
 its head, then need not run. When a token is in doubt, or the whole distribution is wanted, they run
-once for all positions left out so far. The tokens are those of the plain way; only the base's last
-bits can differ, as they do whenever positions are computed together instead of one by one.
+once for all positions left out so far.
+
+The learned question that a request is recalled as has an answer, which the memory mostly gives
+again. Once a text has begun like it, the rest is read at once, and its tokens are kept as far as
+the mixture chooses them: speculative decoding (arXiv 2211.17192) with a draft that costs nothing.
+
+The tokens are those of the plain way; only the base's last bits can differ, as they do whenever
+positions are computed together instead of one by one.
 
 Whether a base model can be run in two halves, a trial tells: both ways have to give the same bits.
 """
@@ -13,7 +19,7 @@ Whether a base model can be run in two halves, a trial tells: both ways have to 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from operator import or_
 from typing import Any, Protocol
@@ -185,28 +191,53 @@ class Reading:
         self._early, self._late = DynamicCache(), _LateCache(halves.split)
         self._early.layers = whole.layers[: halves.split]
         self._late.layers = whole.layers[halves.split :]
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, int]] = []
 
-    def read(self, token_ids: Tensor) -> Tensor:
-        """The state that the memory reads, at the last position. *Shape:* (B, T) -> (B, 1, D)."""
+    def read(self, token_ids: Tensor, last: int = 1) -> Tensor:
+        """The states that the memory reads, at the last N places. *Shape:* (B, T) -> (B, N, D)."""
         missing = self._early.get_seq_length() + token_ids.shape[1] - self._mask.shape[1]
         if missing > 0:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), missing)], 1)
         tap = tap_on(self._halves.tapped)
         tap.listen()
-        self._waiting.append(self._run(self._halves.early, self._early, input_ids=token_ids))
-        return tap.take().reshape(*token_ids.shape, -1)[:, -1:]
+        states = self._run(self._halves.early, self._early, input_ids=token_ids)
+        self._waiting.append((states, last))
+        return tap.take().reshape(*token_ids.shape, -1)[:, -last:]
 
     def rest(self) -> Tensor:
-        """The second half's states after each `read` since this was last asked for.
+        """The second half's states at the last positions of each `read` since this was last asked.
 
-        They are what the head reads. *Shape:* -> (B, N, D).
+        They are what the head reads. *Shape:* -> (B, N, D), of all these N together.
         """
-        lengths = [states.shape[1] for states in self._waiting]
-        states = torch.cat(self._waiting, dim=1)
+        lengths = [states.shape[1] for states, _ in self._waiting]
+        lasts = [last for _, last in self._waiting]
+        states = torch.cat([states for states, _ in self._waiting], dim=1)
         self._waiting = []
         late = self._run(self._halves.late, self._late, inputs_embeds=states)
-        return torch.cat([part[:, -1:] for part in late.split(lengths, dim=1)], dim=1)
+        parts = zip(late.split(lengths, dim=1), lasts, strict=True)
+        return torch.cat([part[:, -last:] for part, last in parts], dim=1)
+
+    def can_forget(self, count: int) -> bool:
+        """Whether so many positions could be taken back after they were read.
+
+        A layer that sees only the tokens near it has no longer what a full window has pushed out.
+        """
+        end = self._early.get_seq_length() + count
+        layers = (*self._early.layers, *self._late.layers)
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+        return all(window is None or end < window for window in windows)
+
+    def forget(self, count: int) -> None:
+        """Take back the last positions of the last `read`, fewer than it was asked for."""
+        if count == 0:
+            return
+        self._early.crop(-count)
+        self._mask = self._mask[:, :-count]
+        if self._waiting:
+            states, last = self._waiting[-1]
+            self._waiting[-1] = states[:, :-count], last - count
+        else:  # the second half has read them too
+            self._late.crop(-count)
 
     def _run(self, half: nn.Module, cache: DynamicCache, **given: Tensor) -> Tensor:
         (sequence,) = given.values()
@@ -254,6 +285,7 @@ def generate_early(
     weight: float,
     lines: Sequence[Line],
     note: Callable[[Tensor], None] | None,
+    draft: Sequence[int] = (),
 ) -> None:
     """Generate greedily, until every line says that it is over.
 
@@ -266,59 +298,83 @@ def generate_early(
         lines: take the tokens.
         note: takes the mixture's log-probabilities, token by token; None: nobody wants them.
             *Shape:* (B, W).
+        draft: how the text of a single line may well begin.
     """
     memory, temperature = model.memory, model.config.memory_temperature
     view = None if query is None else query[:, None]
     own = torch.tensor(weight, device=token_ids.device)
-    head = reading.head
     over = [False] * len(lines)
     waiting: list[Tensor] = []
 
-    def last_mixture() -> Tensor:
+    def mixtures(log_probs: Tensor, states: Tensor) -> Iterator[Tensor]:
+        """Position by position. *Shapes:* (B, N, V), (B, N, D) -> N of (B, W)."""
+        step = max(1, PIECE // len(lines))
+        for ours, piece in zip(log_probs.split(step, 1), states.split(step, 1), strict=True):
+            base = reading.head(piece).float().log_softmax(-1)
+            yield from mixture(base, [Share(ours, memory.corpus_tokens, own)]).unbind(1)
+
+    def catch_up(last: int) -> list[Tensor]:
+        """The mixtures at the last of the positions that wait; those before are noted."""
         log_probs, states = torch.cat(waiting, 1), reading.rest()
         waiting.clear()
-        step = max(1, PIECE // len(lines))
-        wanted = slice(None) if note else slice(-1, None)
-        for part in range(0, states.shape[1], step)[wanted]:
-            logits = head(states[:, part : part + step])[:, wanted]
-            base = logits.float().log_softmax(-1)
-            ours = log_probs[:, part : part + step][:, wanted]
-            mixed = mixture(base, [Share(ours, memory.corpus_tokens, own)])
-            if note:
-                for position in range(mixed.shape[1]):
-                    note(mixed[:, position])
-        return mixed[:, -1]
+        before = states.shape[1] - last
+        if note:
+            for mixed in mixtures(log_probs[:, :before], states[:, :before]):
+                note(mixed)
+        return list(mixtures(log_probs[:, before:], states[:, before:])) if last else []
 
+    ahead: list[int] = []  # of the draft, read together with the token before
     while True:
-        log_probs = memory.log_probs(reading.read(token_ids), view, temperature)  # (B, 1, V)
+        count = 1 + len(ahead)
+        log_probs = memory.log_probs(reading.read(token_ids, count), view, temperature)  # (B, N, V)
         waiting.append(log_probs)
-        best = best_tokens(log_probs[:, 0], memory.corpus_tokens, weight)
+        best = best_tokens(log_probs, memory.corpus_tokens, weight)
         tokens, decided = best.tolist()  # the host waits here, and for a token in doubt once more
-        chosen = best[0]
-        if not all(map(or_, over, decided)):
-            chosen = last_mixture().argmax(-1)
-            tokens = chosen.tolist()
+        mixed: list[Tensor] = []
         ended = []
-        for number, (line, token) in enumerate(zip(lines, tokens, strict=True)):
-            if not over[number] and line.take(token):
-                over[number] = True
-                ended.append(line)
+        for place in range(count):
+            chosen, given = best[0, :, place], [line[place] for line in tokens]
+            sure = all(map(or_, over, (line[place] for line in decided)))
+            if not (sure or mixed):
+                mixed = catch_up(count)
+                if note:
+                    for earlier in mixed[:place]:
+                        note(earlier)
+            if mixed:
+                chosen = mixed[place].argmax(-1)
+                given = chosen.tolist()
+                if note:
+                    note(mixed[place])
+            for number, (line, token) in enumerate(zip(lines, given, strict=True)):
+                if not over[number] and line.take(token):
+                    over[number] = True
+                    ended.append(line)
+            if ended or ahead[place : place + 1] != given:
+                break
+        reading.forget(count - place - 1)
+        if not mixed:
+            waiting[-1] = log_probs[:, : place + 1]
         if waiting and any(line.wants_distributions() for line in ended):
-            last_mixture()
+            catch_up(0)
         for line in ended:
             line.end()
         if all(over):
             return
+        begun = list(draft[:1]) == given and reading.can_forget(len(draft))
+        ahead = list(draft[1:-1]) if begun else []
+        draft = ()
         token_ids = chosen[:, None]
+        if ahead:
+            token_ids = torch.cat([token_ids, token_ids.new_tensor([ahead])], dim=1)
 
 
 def best_tokens(log_probs: Tensor, corpus_tokens: Tensor, weight: float) -> Tensor:
     """The memory's best token, and 1 where it is the mixture's, whatever the base model says.
 
-    *Shapes:* the memory's log-probabilities (B, V), corpus_tokens (V,) -> (2, B).
+    *Shapes:* the memory's log-probabilities (..., V), corpus_tokens (V,) -> (2, ...).
     """
     values, places = log_probs.topk(min(2, log_probs.shape[-1]))
     best, second = values.exp().tensor_split([1], -1)
     lead = best.squeeze(-1) - second.sum(-1)
-    tokens = corpus_tokens[places[:, 0]]
+    tokens = corpus_tokens[places[..., 0]]
     return torch.stack([tokens, (weight * lead > 1 - weight).to(tokens.dtype)])

@@ -254,6 +254,8 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     model: Any = parts.model  # generate() is annotated for other classes
     mixes = lambda_ > 0
     query = parts.query_vectors([g.asked for g, _, _ in begun]) if mixes else None
+    if query is not None:
+        query = query.to(model.device)
     recorder = _recorder([generation for generation, _, _ in begun], query)
     config = _config(parts, decoding)
     eos = set(config.eos_token_id or ())
@@ -272,11 +274,13 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     if weight is not None and weight > 0.5 and _divides(parts):
         reading = Reading(parts.halves, cache, whole_mask)
         unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
-        view = None
+        view, draft = None, []
         if query is not None and model.query_size:
-            view = model.told(query.to(model.device), recall=first.question)
+            view = model.told(query, recall=first.question)
+            if first.question and len(begun) == 1:
+                draft = model.draft(query)[: decoding.max_new_tokens]
         note = recorder.note if recorder else None
-        generate_early(model, reading, unread, view, weight, writers, note)
+        generate_early(model, reading, unread, view, weight, writers, note, draft)
         return
     noting = [recorder] if recorder else []
     model.generate(

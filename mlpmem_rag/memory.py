@@ -41,6 +41,7 @@ class MemoryConfig:
             alike.
         num_questions: M, learned questions that are known by their keys; see `mlpmem_rag.recall`.
         recalls: whether requests are taken for these; see `Memory.recall`.
+        draft_size: K, tokens that are kept of these questions' answers; see `Memory.drafts`.
         norm_eps: added to variances in the norms.
         inner_size: width that hidden states are first mapped to, as in published checkpoints whose
             memory is not as wide as the base; 0: they are taken as they are.
@@ -56,6 +57,7 @@ class MemoryConfig:
     hidden_scale: float = 1.0
     num_questions: int = 0
     recalls: bool = False
+    draft_size: int = 0
     norm_eps: float = 1e-5
     inner_size: int = 0
 
@@ -75,6 +77,7 @@ def derive_config(
     hidden_scale: float = 1.0,
     num_questions: int = 0,
     recalls: bool = False,
+    draft_size: int = 0,
 ) -> MemoryConfig:
     """The memory that belongs to a base model, a corpus vocabulary and a size.
 
@@ -94,6 +97,7 @@ def derive_config(
         hidden_scale=hidden_scale,
         num_questions=num_questions,
         recalls=recalls,
+        draft_size=draft_size,
     )
 
 
@@ -152,11 +156,14 @@ class Memory(nn.Module):
 
     `corpus_tokens` (V,) maps a logit's column to the token id of the base model; `questions`
     (M, Q) are the keys of learned questions, of length 1, see `mlpmem_rag.recall`; places that are
-    free hold zeros.
+    free hold zeros. `drafts` (M, K) are the token ids with which their answers begin, as they were
+    taught, -1 behind the end: an answer is as the blocks have it, and only comes sooner where it
+    turns out to be this one.
     """
 
     corpus_tokens: Tensor
     questions: Tensor
+    drafts: Tensor
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -169,6 +176,8 @@ class Memory(nn.Module):
         self.register_buffer("corpus_tokens", torch.arange(config.vocab_size))
         shape = (config.num_questions, config.query_size)
         self.register_buffer("questions", torch.zeros(shape))
+        drafts = torch.full((config.num_questions, config.draft_size), -1, dtype=torch.int32)
+        self.register_buffer("drafts", drafts)
 
     def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
         """Logits; without a query vector, a query-aware memory takes that no request is known.
@@ -199,18 +208,21 @@ class Memory(nn.Module):
         """The blocks in order."""
         return (block for block in self.layers if isinstance(block, Block))
 
-    def recall(self, query: Tensor) -> Tensor:
+    def nearest(self, query: Tensor) -> Tensor:
+        """Number of the learned question that each request comes nearest to. *Shape:* -> (B,)."""
+        return (query.to(self.questions) @ self.questions.T).argmax(-1)
+
+    def recall(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:
         """The learned question that each request comes nearest to, as the blocks were taught it.
 
         A row of zeros, where nothing is asked, stays one; a memory of no questions, or that does
-        not recall, takes requests as they are. *Shape:* (B, Q) -> (B, Q).
+        not recall, takes requests as they are. `nearest` is given where it is known.
+        *Shapes:* (B, Q), (B,) -> (B, Q).
         """
         if not (self.config.num_questions and self.config.recalls):
             return query
-        return torch.where(query.ne(0).any(-1, keepdim=True), self._nearest(query), 0.0)
-
-    def _nearest(self, query: Tensor) -> Tensor:
-        return self.questions[(query.to(self.questions) @ self.questions.T).argmax(-1)]
+        nearest = self.nearest(query) if nearest is None else nearest
+        return torch.where(query.ne(0).any(-1, keepdim=True), self.questions[nearest], 0.0)
 
     def familiarity(self, query: Tensor, recalled: Tensor | None = None) -> list[float]:
         """How near each request is to a question learned; 0 for a memory of no questions.
@@ -221,7 +233,7 @@ class Memory(nn.Module):
         if not self.config.num_questions:
             return [0.0] * len(query)
         if recalled is None or not self.config.recalls:
-            recalled = self._nearest(query)
+            recalled = self.questions[self.nearest(query)]
         nearest = recalled.float()
         cosines: list[float] = F.cosine_similarity(query.to(nearest), nearest).tolist()
         return cosines

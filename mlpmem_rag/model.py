@@ -69,6 +69,7 @@ class MLPMemForCausalLM(AugmentedLM):
         self.gate = Gate(**{n: tuple(w) for n, w in gate.items()}) if gate else None
         self.source: Source | None = None
         self._encoder: QueryEncoder | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
         self._tap_layers(config.layer)
         self.base.requires_grad_(False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -137,7 +138,22 @@ class MLPMemForCausalLM(AugmentedLM):
 
     def recall(self, query: Tensor) -> Tensor:
         """See `Memory.recall`. *Shape:* (B, Q) -> (B, Q)."""
-        return self.memory.recall(query)
+        if not self.memory.config.recalls or torch.compiler.is_compiling():
+            return self.memory.recall(query)
+        nearest = self.memory.nearest(query)
+        self._found = (query, nearest)
+        return self.memory.recall(query, nearest)
+
+    def draft(self, query: Tensor) -> list[int]:
+        """How the answer to a request may begin: as that to the question it is recalled as.
+
+        Nothing where it is not known. *Shape:* (1, Q) -> at most K token ids.
+        """
+        self.recalled(query)
+        if self._found is None or self._found[0] is not query:
+            return []
+        tokens: list[int] = self.memory.drafts[self._found[1][0]].tolist()
+        return tokens[: tokens.index(-1)] if -1 in tokens else tokens
 
     def familiarity(self, query: Tensor) -> list[float]:
         """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, Q)."""

@@ -106,7 +106,7 @@ def published_memory(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     )
     memory = Memory(shape)
     renamed["corpus_tokens"] = torch.arange(shape.vocab_size)
-    renamed["questions"] = memory.questions  # it was taught no questions
+    renamed |= {"questions": memory.questions, "drafts": memory.drafts}  # it was taught none
     try:
         memory.load_state_dict(renamed)
     except RuntimeError as error:

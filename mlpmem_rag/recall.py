@@ -27,6 +27,8 @@ Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 MAX_QUESTIONS = 65_536
 SOURCE_PART = 0.5
 """Of the sentence that answers a question, in its key (docs/experiments.md)."""
+DRAFT_TOKENS = 8
+"""Of an answer that are kept as a draft, its end included; few answers are longer."""
 
 
 def num_recalled(study: StudyRows) -> int:
@@ -47,6 +49,24 @@ def question_keys(study: StudyRows, numbers: Rows | None = None) -> Vectors:
     keys /= np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
     rounded: Vectors = keys.astype(np.float16).astype(np.float32)
     return rounded
+
+
+def longest_draft(study: StudyRows) -> int:
+    """K, tokens of the longest draft."""
+    return int(min(DRAFT_TOKENS, np.bincount(study.questions).max(initial=0)))
+
+
+def answer_drafts(study: StudyRows, numbers: Rows, size: int) -> npt.NDArray[np.int32]:
+    """How the answers of questions begin, -1 behind their end. *Shape:* (M,) -> (M, K)."""
+    drafts = np.full((len(numbers), size), -1, dtype=np.int32)
+    # A question's rows stand together, in the order of its answer.
+    ends = np.searchsorted(study.questions, numbers, side="right")
+    places = np.searchsorted(study.questions, numbers)
+    for column in drafts.T:
+        there = places < ends
+        column[there] = study.next_tokens[places[there]]
+        places += 1
+    return drafts
 
 
 def varied(questions: Sequence[Question], numbers: Numbers, most: int) -> Numbers:

@@ -17,7 +17,7 @@ from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory import Memory, MemoryConfig
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-INTEGERS = ("I64",)
+INTEGERS = ("I32", "I64")
 _LIMITS = {
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**22),
@@ -25,6 +25,7 @@ _LIMITS = {
     "vocab_size": (1, 2**24),
     "query_size": (0, 2**20),
     "num_questions": (0, 2**24),
+    "draft_size": (0, 2**12),
     "inner_size": (0, 2**20),
 }
 """Far beyond any model there is; a folder that says more would only cost memory and time."""
@@ -159,6 +160,27 @@ def check_tokens(tokens: Tensor, where: Path, num_tokens: int | None) -> None:
         raise ArtifactError(
             f"{where}: corpus_tokens go up to {int(tokens[-1])}, the base model has {num_tokens} "
             "tokens; train again"
+        )
+
+
+def check_drafts(drafts: Tensor, where: Path, num_tokens: int | None) -> None:
+    """Refuse drafts that are no token ids.
+
+    Args:
+        drafts: token ids, -1 where there is none. *Shape:* (M, K).
+        where: their file.
+        num_tokens: how many tokens the base model has; None: not known here.
+
+    Raises:
+        ArtifactError: below -1, or unknown to the base model.
+    """
+    if not drafts.numel():
+        return
+    low, high = (int(value) for value in drafts.aminmax())
+    if low < -1 or (num_tokens is not None and high >= num_tokens):
+        raise ArtifactError(
+            f"{where}: drafts go from {low} to {high}, allowed are the base model's "
+            f"{num_tokens or ''} token ids, and -1 for none; train again"
         )
 
 

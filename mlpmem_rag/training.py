@@ -55,7 +55,13 @@ from mlpmem_rag.questions import (
     load_questions,
     save_questions,
 )
-from mlpmem_rag.recall import num_recalled, question_keys, varied
+from mlpmem_rag.recall import (
+    answer_drafts,
+    longest_draft,
+    num_recalled,
+    question_keys,
+    varied,
+)
 from mlpmem_rag.schedule import CATCHING_UP, catching_up, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
@@ -485,6 +491,7 @@ class Stages:
         backbone, config = self._prepared.backbone, self._config
         seen = [datastore.next_tokens] + ([studied.rows.next_tokens] if studied else [])
         tokens = torch.from_numpy(np.unique(np.concatenate(seen)).astype(np.int64))
+        recalls = isinstance(self._encoder, SentenceEncoder)
         memory_config = derive_config(
             mlp_shape(backbone.model, backbone.layer),
             backbone.num_layers,
@@ -493,7 +500,8 @@ class Stages:
             query_size=studied.rows.query_vectors.shape[1] if studied else 0,
             hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
             num_questions=num_recalled(studied.rows) if studied else 0,
-            recalls=bool(studied and isinstance(self._encoder, SentenceEncoder)),
+            recalls=bool(studied and recalls),
+            draft_size=longest_draft(studied.rows) if studied and recalls else 0,
         )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
@@ -504,6 +512,9 @@ class Stages:
         keys = question_keys(studied.rows, kept)
         memory.questions.zero_()
         memory.questions[: len(kept)] = torch.from_numpy(keys)
+        drafts = answer_drafts(studied.rows, kept, memory.config.draft_size)
+        memory.drafts.fill_(-1)
+        memory.drafts[: len(kept)] = torch.from_numpy(drafts)
 
     def _columns(self, memory: Memory) -> Columns:
         return Columns(memory, self._prepared.backbone.reference.vocab_size)

@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mlpmem_rag import early_exit
-from mlpmem_rag.answering import answer_batch
+from mlpmem_rag.answering import answer_batch, generation_config
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import decoder_layers, load_backbone
 from mlpmem_rag.confidence import NUM_FEATURES, Confidence
@@ -33,6 +34,7 @@ from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
 from mlpmem_rag.mixing import Share, mix, mixture
 from mlpmem_rag.model import attach_memory
+from mlpmem_rag.prompts import prompt_ids
 from tests.conftest import save_model
 
 DIVISIBLE = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
@@ -91,7 +93,7 @@ def runs(memory: MemoryModel, runs_of: Callable[[Any], list[int]]) -> list[int]:
 
 def plainly(memory: MemoryModel) -> MemoryModel:
     """The same memory, whose base model always runs whole."""
-    plain = MemoryModel(memory.model, memory.tokenizer, confidence=memory.confidence)
+    plain = MemoryModel(memory.model, memory.tokenizer, memory.encoder, memory.confidence)
     plain._halves.__dict__["divisible"] = False
     return plain
 
@@ -575,3 +577,163 @@ def test_before_its_end_an_answer_has_no_confidence(
             seen.set()
     assert seen.is_set()
     assert stream.answer.confidence is not None
+
+
+# Drafts.
+
+
+def recalling(folder: Path, *, temperature: float, drafts: Sequence[Sequence[int]]) -> MemoryModel:
+    """A memory that recalls each of `QUESTIONS` as itself, with a draft for each of the first."""
+    backbone = load_backbone(str(folder), layer=1, device="cpu", dtype="float32")
+    size = max(map(len, drafts))
+    config = MemoryConfig(
+        *(32, 24, 1, "silu"),
+        gated=True,
+        vocab_size=41,
+        query_size=6,
+        num_questions=len(QUESTIONS),
+        recalls=True,
+        draft_size=size,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        memory = Memory(config)
+    memory.corpus_tokens = torch.arange(259, 300)
+    memory.questions.copy_(torch.from_numpy(Letters().encode(QUESTIONS)))
+    for line, draft in enumerate(drafts):
+        memory.drafts[line, : len(draft)] = torch.tensor(draft, dtype=torch.int32)
+    settings = MemorySettings(backbone.reference, 1, config, 0.9, temperature)
+    model = attach_memory(backbone, memory, settings)
+    confidence = Confidence(tuple(0.1 * n for n in range(NUM_FEATURES + 1)))
+    return MemoryModel(model, backbone.tokenizer, Letters(), confidence)
+
+
+def tokens_of(memory: MemoryModel, question: str, count: int) -> list[int]:
+    """What a memory without a draft answers, by transformers' own `generate`."""
+    tokenizer: Any = memory.tokenizer
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    vector = torch.from_numpy(Letters().encode([question]))
+    model: Any = memory.model
+    ids = torch.tensor([prompt])
+    config = generation_config(memory.model, tokenizer, count)
+    config.stop_strings = None
+    out = model.generate(inputs=ids, query_vector=vector, generation_config=config)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("temperature", [SURE, 0.2, UNSURE])
+def test_a_draft_changes_no_answer(
+    tiny_folder: Path, temperature: float, runs_of: Callable[[Any], list[int]]
+) -> None:
+    without = recalling(tiny_folder, temperature=temperature, drafts=[[]])
+    truth = tokens_of(without, QUESTIONS[0], 12)
+    assert len(truth) == 12
+    plain = plainly(without).answer(QUESTIONS[0], max_new_tokens=12)
+    drafts = [truth[:8]]
+    drafts += [[*truth[:n], 259 + (truth[n] - 258) % 41, *truth[n + 1 : 8]] for n in range(8)]
+    rounds = []
+    for draft in drafts:
+        memory = recalling(tiny_folder, temperature=temperature, drafts=[draft])
+        memory.answer(QUESTIONS[1], max_new_tokens=1)  # reads the opening
+        runs = runs_of(memory.model.base)
+        answer = memory.answer(QUESTIONS[0], max_new_tokens=12)
+        assert (answer.text, answer.new_tokens, answer.ended) == (
+            plain.text,
+            plain.new_tokens,
+            plain.ended,
+        )
+        assert answer.confidence == pytest.approx(plain.confidence, rel=1e-4)
+        rounds.append(runs.count(0))
+    # The first token, seven more at once, four; and as many at once as are right, and one more.
+    assert rounds == [6, 12, 12, 11, 10, 9, 8, 7, 6]
+
+
+def test_an_answer_that_is_its_draft_takes_two_passes(
+    tiny_folder: Path, runs_of: Callable[[Any], list[int]]
+) -> None:
+    truth = tokens_of(recalling(tiny_folder, temperature=SURE, drafts=[[]]), QUESTIONS[1], 6)
+    memory = recalling(tiny_folder, temperature=SURE, drafts=[[259], truth])
+    memory.answer(QUESTIONS[0], max_new_tokens=1)  # reads the opening
+    runs = runs_of(memory.model.base)
+    answer = memory.answer(QUESTIONS[1], max_new_tokens=6)
+    assert answer.new_tokens == 6
+    assert runs.count(0) == 2
+
+
+@pytest.mark.parametrize("most", range(1, 6))
+def test_no_more_is_read_than_may_be_said(tiny_folder: Path, most: int) -> None:
+    truth = tokens_of(recalling(tiny_folder, temperature=SURE, drafts=[[]]), QUESTIONS[0], 8)
+    memory = recalling(tiny_folder, temperature=SURE, drafts=[truth])
+    lengths: list[int] = []
+    base: Any = memory.model.base
+    body = base.base_model.embed_tokens
+    body.register_forward_pre_hook(lambda _, ids: lengths.append(ids[0].shape[1]))
+    assert memory._halves.usable
+    lengths.clear()
+    answer = memory.answer(QUESTIONS[0], max_new_tokens=most)
+    assert answer.new_tokens == most
+    assert sum(lengths[-2:] if most > 1 else lengths[-1:]) <= answer.prompt_tokens + most - 1
+
+
+def test_text_that_goes_on_and_lines_of_a_batch_have_no_draft(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = recalling(tiny_folder, temperature=SURE, drafts=[[260, 261, 262]] * 4)
+    given: list[Sequence[int]] = []
+
+    def watched(*args: Any) -> None:  # noqa: ANN401
+        given.append(args[-1])
+        early_exit.generate_early(*args)
+
+    monkeypatch.setattr("mlpmem_rag.generation.generate_early", watched)
+    whole(memory.continue_text(QUESTIONS[0], Decoding(6)))
+    memory.answer(QUESTIONS[1], max_new_tokens=6)
+    with ThreadPoolExecutor(4) as threads:
+        talks = [[{"role": "user", "content": question}] for question in QUESTIONS * 2]
+        decoding = Decoding(6, batch_size=8)
+        list(threads.map(lambda talk: whole(memory.reply(talk, decoding)), talks))
+    assert [list(draft) for draft in given[:2]] == [[], [260, 261, 262]]
+    assert [] in map(list, given[2:])
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_is_taken_back_was_never_read(
+    divisible: Any,  # noqa: ANN401
+    memory: MemoryModel,
+    *,
+    settled: bool,
+) -> None:
+    halves = Halves(divisible, 1)
+    ids, mask = padded(memory, QUESTIONS[:1])
+    wrong, right = torch.tensor([[260, 261, 262, 263]]), torch.tensor([[260, 271, 272]])
+    with torch.inference_mode():
+        expected = Reading(halves, None, mask)
+        states = [expected.read(ids), *(expected.read(right[:, n : n + 1]) for n in range(3))]
+        reading = Reading(halves, None, mask)
+        found = [reading.read(ids)]
+        windows = any(isinstance(x, DynamicSlidingWindowLayer) for x in halves.new_cache().layers)
+        assert reading.can_forget(4) != windows  # of six tokens, which the question fills
+        if windows:
+            return
+        found.append(reading.read(wrong, 4)[:, :1])
+        rest = [reading.rest()[:, :2]] if settled else []
+        reading.forget(3)
+        found += [reading.read(right[:, 1:], 2)]
+        rest.append(reading.rest())
+        assert torch.allclose(torch.cat(found, 1), torch.cat(states, 1), atol=1e-5)
+        assert torch.allclose(torch.cat(rest, 1), expected.rest(), atol=1e-5)
+
+
+def test_where_a_window_is_full_nothing_is_read_ahead(
+    tmp_path: Path, runs_of: Callable[[Any], list[int]]
+) -> None:
+    folder = save_model(tmp_path / "mistral", "mistral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 6}))
+    truth = tokens_of(recalling(folder, temperature=SURE, drafts=[[]]), QUESTIONS[0], 6)
+    memory = recalling(folder, temperature=SURE, drafts=[truth])
+    memory.answer(QUESTIONS[1], max_new_tokens=1)  # reads the opening
+    runs = runs_of(memory.model.base)
+    assert memory.answer(QUESTIONS[0], max_new_tokens=6).new_tokens == 6
+    assert runs.count(0) == 6

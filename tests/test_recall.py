@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from mlpmem_rag import recall
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.questions import Question
-from mlpmem_rag.recall import num_recalled, question_keys, varied
+from mlpmem_rag.recall import (
+    answer_drafts,
+    longest_draft,
+    num_recalled,
+    question_keys,
+    varied,
+)
 from mlpmem_rag.study import StudyRows
 
 
@@ -149,3 +155,21 @@ def test_beyond_the_limit_other_wordings_go_first() -> None:
     assert varied(questions, every, 3).tolist() == [0, 2, 4]
     assert varied(questions, np.array([1, 3, 4]), 2).tolist() == [1, 4]
     assert varied(questions, every[:0], 2).tolist() == []
+
+
+def test_a_draft_is_how_the_answer_was_taught(study: StudyRows) -> None:
+    answers: dict[int, list[int]] = {0: [5, 9], 1: [7], 4: list(range(20, 31)), 11: [3, 3, 8]}
+    rows = replace(
+        study,
+        next_tokens=np.concatenate(list(answers.values())).astype(np.int32),
+        questions=np.repeat(list(answers), [len(a) for a in answers.values()]).astype(np.int32),
+    )
+    assert longest_draft(rows) == recall.DRAFT_TOKENS < 11
+    found = answer_drafts(rows, np.array([11, 2, 4, 0]), 4)
+    assert found.tolist() == [[3, 3, 8, -1], [-1] * 4, [20, 21, 22, 23], [5, 9, -1, -1]]
+    assert found.dtype == np.int32
+
+
+def test_no_answers_no_drafts(study: StudyRows) -> None:
+    assert longest_draft(study) == 0
+    assert answer_drafts(study, np.array([1, 2]), 0).shape == (2, 0)

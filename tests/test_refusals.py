@@ -38,7 +38,14 @@ from mlpmem_rag.backbone import BaseReference
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.integrity import Verify, problems, read_json, verify_mode
 from mlpmem_rag.memory import Memory, MemoryConfig
-from mlpmem_rag.tensors import check_headers, check_tokens, parse_shape, read_headers, read_tensors
+from mlpmem_rag.tensors import (
+    check_drafts,
+    check_headers,
+    check_tokens,
+    parse_shape,
+    read_headers,
+    read_tensors,
+)
 
 SHAPE = MemoryConfig(8, 12, 1, "silu", gated=True, vocab_size=5)
 BASE = BaseReference("hub/base", None, "w" * 20, "t" * 20, 30)
@@ -238,7 +245,7 @@ def test_tensors_are_those_that_were_written(tmp_path: Path, prefix: str) -> Non
         ),
         (
             {"corpus_tokens": torch.arange(5.0)},
-            "tensor corpus_tokens holds F32, allowed are I64; train again",
+            "tensor corpus_tokens holds F32, allowed are I32, I64; train again",
         ),
         (
             {"lm_head.weight": torch.full((5, 8), torch.inf)},
@@ -293,6 +300,17 @@ def test_token_ids_from_the_first_to_the_last(tmp_path: Path) -> None:
     assert refusal(check_tokens, torch.tensor([0, 30]), tmp_path, 30) == (
         f"{tmp_path}: corpus_tokens go up to 30, the base model has 30 tokens; train again"
     )
+
+
+def test_drafts_from_none_to_the_last_token(tmp_path: Path) -> None:
+    check_drafts(torch.tensor([[-1, 29]]), tmp_path, 30)
+    check_drafts(torch.tensor([[10**6]]), tmp_path, None)
+    check_drafts(torch.zeros(0, 8), tmp_path, 30)
+    for ids, low, high in (([[-2, 3]], -2, 3), ([[5], [30]], 5, 30)):
+        assert refusal(check_drafts, torch.tensor(ids), tmp_path, 30) == (
+            f"{tmp_path}: drafts go from {low} to {high}, allowed are the base model's 30 token "
+            "ids, and -1 for none; train again"
+        )
 
 
 # A memory's own files.

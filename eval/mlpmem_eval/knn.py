@@ -50,7 +50,9 @@ class NeighborMemory(torch.nn.Module):
 
     def __init__(self, memory: Memory, datastore: Datastore, tau: float, k: int) -> None:
         super().__init__()
-        self.config = replace(memory.config, query_size=0, num_questions=0)
+        self.config = replace(
+            memory.config, query_size=0, num_questions=0, recalls=False, draft_size=0
+        )
         self.corpus_tokens = memory.corpus_tokens
         rows = np.arange(datastore.num_rows)
         self._centre = key_centre(datastore, rows)
