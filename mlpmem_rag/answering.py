@@ -17,28 +17,36 @@ from mlpmem_rag.prompts import STOP_STRING, chats, fitting, left_padded, prompt_
 from mlpmem_rag.query import Vectors
 
 BATCH = 64
+LEAST = -16.0
+"""Log-probability that a token counts with at least, also one that no memory knows."""
 
 
 class Recorder(LogitsProcessor):
-    """Notes the distribution of every step, and changes nothing.
+    """Notes how sure the memory is of each token that is chosen greedily, and changes nothing.
 
-    Given how familiar the requests are, it notes that as well. *Shape:* B numbers.
+    As a processor it comes last, and hears beforehand what the memory says. It notes how familiar
+    the requests are as well, where they are given. *Shape:* (B, Q).
     """
 
-    def __init__(self, familiarity: Sequence[float] | None = None) -> None:
-        self._familiarity = familiarity
+    def __init__(self, model: MLPMemForCausalLM, query: Tensor | None) -> None:
+        self._corpus_tokens = model.memory.corpus_tokens
+        self._familiarity = None if query is None else model.familiarity(query)
+        self._heard: Tensor | None = None
         self._steps: list[Tensor] = []  # log-probabilities and entropies, (2, B) each
+
+    def hear(self, log_probs: Tensor) -> None:
+        """What the memory says before a token is chosen. *Shape:* (B, T, V)."""
+        self._heard = log_probs[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """*Shapes:* (B, T), (B, W) -> (B, W)."""
-        self.note(scores)
+        if self._heard is not None:  # at lambda 0 the memory says nothing
+            self.note(self._heard, scores.argmax(-1))
         return scores
 
-    def note(self, scores: Tensor) -> None:
-        """The next step's logits; nobody waits for what is noted. *Shape:* (B, W)."""
-        log_probs = scores.float().log_softmax(-1)
-        entropies = torch.special.entr(log_probs.exp()).sum(-1)
-        self._steps.append(torch.stack([log_probs.max(-1).values, entropies]))
+    def note(self, log_probs: Tensor, tokens: Tensor) -> None:
+        """The next tokens; nobody waits for what is noted. *Shapes:* (B, V), (B,)."""
+        self._steps.append(sureness(log_probs, tokens, self._corpus_tokens))
 
     @property
     def num_steps(self) -> int:
@@ -51,6 +59,18 @@ class Recorder(LogitsProcessor):
         log_probs, entropies = torch.stack(steps, dim=1).tolist() if steps else ((), ())
         familiarity = self._familiarity[line] if self._familiarity else 0.0
         return Trace(tuple(log_probs), tuple(entropies), familiarity)
+
+
+def sureness(log_probs: Tensor, tokens: Tensor, corpus_tokens: Tensor) -> Tensor:
+    """The memory's log-probabilities of tokens, and the entropies of what they were chosen from.
+
+    *Shapes:* log_probs (B, V), tokens (B,), corpus_tokens (V,) -> (2, B).
+    """
+    columns = torch.searchsorted(corpus_tokens, tokens).clamp_max(len(corpus_tokens) - 1)
+    known = corpus_tokens[columns] == tokens
+    chosen = log_probs.gather(-1, columns[:, None]).squeeze(-1)
+    entropies = torch.special.entr(log_probs.exp()).sum(-1)
+    return torch.stack([chosen.where(known, LEAST).clamp_min(LEAST), entropies])
 
 
 def generation_config(
@@ -93,16 +113,17 @@ def answer_batch(
         batch = order[first : first + BATCH]
         ids, mask = left_padded([prompts[number] for number in batch], config.pad_token_id)
         vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
-        recorder = Recorder(None if vectors is None else model.familiarity(vectors))
-        output = generator.generate(
-            inputs=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([recorder]),
-            memory_lambda=lambda_,
-            query_vector=vectors,
-            tokenizer=tokenizer,
-        )[:, ids.shape[1] :].tolist()
+        recorder = Recorder(model, vectors)
+        with model.overheard(recorder.hear):
+            output = generator.generate(
+                inputs=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([recorder]),
+                memory_lambda=lambda_,
+                query_vector=vectors,
+                tokenizer=tokenizer,
+            )[:, ids.shape[1] :].tolist()
         for line, number in enumerate(batch):
             length = _length(tokenizer, output[line], config)
             text = str(tokenizer.decode(output[line][:length], skip_special_tokens=True))

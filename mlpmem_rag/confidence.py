@@ -13,11 +13,11 @@ NUM_FEATURES = 7
 
 @dataclass(frozen=True)
 class Trace:
-    """How sure each token of an answer was, its end included.
+    """How sure the memory is of each token of an answer, its end included.
 
     Attributes:
-        log_probs: of the tokens chosen.
-        entropies: of the distributions they were chosen from, in nats.
+        log_probs: what it gives the tokens that the mixture has chosen, in nats.
+        entropies: of its distributions there, in nats.
         familiarity: how near the request is to a question that was learned, -1 to 1.
     """
 

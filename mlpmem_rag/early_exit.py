@@ -3,8 +3,8 @@
 With p = w p_mem + (1 - w) p_LM the base model moves at most 1 - w between any two tokens. Where the
 memory's best token leads its second best by more, w (p_1 - p_2) > 1 - w, the mixture's best token
 is the memory's, whatever the base model says. Its layers after the one that the memory reads, and
-its head, then need not run. When a token is in doubt, or the whole distribution is wanted, they run
-once for all positions left out so far.
+its head, then need not run. When a token is in doubt, they run once for all positions left out so
+far.
 
 The learned question that a request is recalled as has an answer, which the memory mostly gives
 again. Once a text has begun like it, the rest is read at once, and its tokens are kept as far as
@@ -19,7 +19,7 @@ Whether a base model can be run in two halves, a trial tells: both ways have to 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import or_
 from typing import Any, Protocol
@@ -48,8 +48,6 @@ HARMLESS = frozenset(
     )
 )
 """Settings of a base model's own that change nothing where the best token is taken each time."""
-PIECE = 64
-"""Positions whose distributions exist at once: each takes W numbers several times."""
 
 
 class Line(Protocol):
@@ -57,9 +55,6 @@ class Line(Protocol):
 
     def take(self, token: int) -> bool:
         """The next token. Returns whether it was the last one."""
-
-    def wants_distributions(self) -> bool:
-        """Whether its end has to wait for the distribution of every token."""
 
     def end(self) -> None:
         """Nothing more comes."""
@@ -191,7 +186,7 @@ class Reading:
         self._early, self._late = DynamicCache(), _LateCache(halves.split)
         self._early.layers = whole.layers[: halves.split]
         self._late.layers = whole.layers[halves.split :]
-        self._waiting: list[tuple[Tensor, int]] = []
+        self._waiting: list[Tensor] = []
 
     def read(self, token_ids: Tensor, last: int = 1) -> Tensor:
         """The states that the memory reads, at the last N places. *Shape:* (B, T) -> (B, N, D)."""
@@ -200,22 +195,17 @@ class Reading:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), missing)], 1)
         tap = tap_on(self._halves.tapped)
         tap.listen()
-        states = self._run(self._halves.early, self._early, input_ids=token_ids)
-        self._waiting.append((states, last))
+        self._waiting.append(self._run(self._halves.early, self._early, input_ids=token_ids))
         return tap.take().reshape(*token_ids.shape, -1)[:, -last:]
 
-    def rest(self) -> Tensor:
-        """The second half's states at the last positions of each `read` since this was last asked.
+    def rest(self, last: int = 1) -> Tensor:
+        """What the head reads, at the last N places of the last `read`. *Shape:* -> (B, N, D).
 
-        They are what the head reads. *Shape:* -> (B, N, D), of all these N together.
+        The second half runs over all that was read since this was last asked for.
         """
-        lengths = [states.shape[1] for states, _ in self._waiting]
-        lasts = [last for _, last in self._waiting]
-        states = torch.cat([states for states, _ in self._waiting], dim=1)
+        states = torch.cat(self._waiting, dim=1)
         self._waiting = []
-        late = self._run(self._halves.late, self._late, inputs_embeds=states)
-        parts = zip(late.split(lengths, dim=1), lasts, strict=True)
-        return torch.cat([part[:, -last:] for part, last in parts], dim=1)
+        return self._run(self._halves.late, self._late, inputs_embeds=states)[:, -last:]
 
     def can_forget(self, count: int) -> bool:
         """Whether so many positions could be taken back after they were read.
@@ -228,14 +218,13 @@ class Reading:
         return all(window is None or end < window for window in windows)
 
     def forget(self, count: int) -> None:
-        """Take back the last positions of the last `read`, fewer than it was asked for."""
+        """Take back the last positions of the last `read`; some of it has to be left."""
         if count == 0:
             return
         self._early.crop(-count)
         self._mask = self._mask[:, :-count]
         if self._waiting:
-            states, last = self._waiting[-1]
-            self._waiting[-1] = states[:, :-count], last - count
+            self._waiting[-1] = self._waiting[-1][:, :-count]
         else:  # the second half has read them too
             self._late.crop(-count)
 
@@ -284,7 +273,7 @@ def generate_early(
     query: Tensor | None,
     weight: float,
     lines: Sequence[Line],
-    note: Callable[[Tensor], None] | None,
+    note: Callable[[Tensor, Tensor], None] | None,
     draft: Sequence[int] = (),
 ) -> None:
     """Generate greedily, until every line says that it is over.
@@ -296,70 +285,40 @@ def generate_early(
         query: what is asked, recalled. *Shape:* (B, Q).
         weight: of the memory in the mixture, the same for every token.
         lines: take the tokens.
-        note: takes the mixture's log-probabilities, token by token; None: nobody wants them.
-            *Shape:* (B, W).
+        note: takes the memory's log-probabilities and the token chosen, place by place; None:
+            nobody wants them. *Shapes:* (B, V), (B,).
         draft: how the text of a single line may well begin.
     """
     memory, temperature = model.memory, model.config.memory_temperature
     view = None if query is None else query[:, None]
     own = torch.tensor(weight, device=token_ids.device)
     over = [False] * len(lines)
-    waiting: list[Tensor] = []
-
-    def mixtures(log_probs: Tensor, states: Tensor) -> Iterator[Tensor]:
-        """Position by position. *Shapes:* (B, N, V), (B, N, D) -> N of (B, W)."""
-        step = max(1, PIECE // len(lines))
-        for ours, piece in zip(log_probs.split(step, 1), states.split(step, 1), strict=True):
-            base = reading.head(piece).float().log_softmax(-1)
-            yield from mixture(base, [Share(ours, memory.corpus_tokens, own)]).unbind(1)
-
-    def catch_up(last: int) -> list[Tensor]:
-        """The mixtures at the last of the positions that wait; those before are noted."""
-        log_probs, states = torch.cat(waiting, 1), reading.rest()
-        waiting.clear()
-        before = states.shape[1] - last
-        if note:
-            for mixed in mixtures(log_probs[:, :before], states[:, :before]):
-                note(mixed)
-        return list(mixtures(log_probs[:, before:], states[:, before:])) if last else []
-
     ahead: list[int] = []  # of the draft, read together with the token before
     while True:
         count = 1 + len(ahead)
         log_probs = memory.log_probs(reading.read(token_ids, count), view, temperature)  # (B, N, V)
-        waiting.append(log_probs)
         best = best_tokens(log_probs, memory.corpus_tokens, weight)
         tokens, decided = best.tolist()  # the host waits here, and for a token in doubt once more
-        mixed: list[Tensor] = []
-        ended = []
+        mixed: Tensor | None = None
         for place in range(count):
             chosen, given = best[0, :, place], [line[place] for line in tokens]
-            sure = all(map(or_, over, (line[place] for line in decided)))
-            if not (sure or mixed):
-                mixed = catch_up(count)
-                if note:
-                    for earlier in mixed[:place]:
-                        note(earlier)
-            if mixed:
-                chosen = mixed[place].argmax(-1)
+            if mixed is None and not all(map(or_, over, (line[place] for line in decided))):
+                base = reading.head(reading.rest(count)).float().log_softmax(-1)
+                mixed = mixture(base, [Share(log_probs, memory.corpus_tokens, own)])
+            if mixed is not None:
+                chosen = mixed[:, place].argmax(-1)
                 given = chosen.tolist()
-                if note:
-                    note(mixed[place])
+            if note:
+                note(log_probs[:, place], chosen)
             for number, (line, token) in enumerate(zip(lines, given, strict=True)):
                 if not over[number] and line.take(token):
                     over[number] = True
-                    ended.append(line)
-            if ended or ahead[place : place + 1] != given:
+                    line.end()
+            if all(over):
+                return
+            if ahead[place : place + 1] != given:
                 break
         reading.forget(count - place - 1)
-        if not mixed:
-            waiting[-1] = log_probs[:, : place + 1]
-        if waiting and any(line.wants_distributions() for line in ended):
-            catch_up(0)
-        for line in ended:
-            line.end()
-        if all(over):
-            return
         begun = list(draft[:1]) == given and reading.can_forget(len(draft))
         ahead = list(draft[1:-1]) if begun else []
         draft = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +67,8 @@ class Answer:
         ttft_seconds: wall time from question to first token.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, the end-of-text token included.
-        confidence: probability that the answer is right; None: this memory cannot tell, or not
-            before the answer's end.
+        confidence: probability that the answer is right, as far as it has come; None: this memory
+            cannot tell.
         cut_tokens: tokens of the prompt's beginning that had no room in the context window.
         ended: whether the text came to its end, rather than to `max_new_tokens`.
         lambda_: mixing weight that was in use.
@@ -115,7 +116,7 @@ class Generation:
         self._room = room
         self._strip = strip
         self.question = question
-        self._recorder = Recorder()
+        self._recorder: Recorder | None = None
         self._line = 0
         self._started = time.perf_counter()
         self._prompt_tokens = 0
@@ -203,10 +204,12 @@ class Generation:
 
     def _confidence(self, new_tokens: int) -> float | None:
         confidence = self.parts.confidence
-        noted = 0 < new_tokens <= self._recorder.num_steps
-        if confidence is None or not noted or not self.has_confidence:
+        recorder = self._recorder
+        if confidence is None or recorder is None or not self.has_confidence:
             return None
-        return confidence.of(self._recorder.trace(self._line, new_tokens))
+        if not 0 < new_tokens <= recorder.num_steps:
+            return None
+        return confidence.of(recorder.trace(self._line, new_tokens))
 
 
 class Writer:
@@ -227,10 +230,6 @@ class Writer:
         if over := ended or not room or self._listener.stop.is_set():
             self._listener.give(self._text.end())
         return over
-
-    def wants_distributions(self) -> bool:
-        """Whether somebody waits for a confidence."""
-        return self._generation.has_confidence and not self._listener.stop.is_set()
 
     def end(self) -> None:
         """Nothing more comes."""
@@ -282,18 +281,19 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         note = recorder.note if recorder else None
         generate_early(model, reading, unread, view, weight, writers, note, draft)
         return
-    noting = [recorder] if recorder else []
-    model.generate(
-        inputs=whole_ids,
-        attention_mask=whole_mask,
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([_EachToken(writers)]),
-        logits_processor=LogitsProcessorList([*noting, *decoding.choosers()]),
-        memory_lambda=lambda_,
-        query_vector=query,
-        recall=first.question,
-        past_key_values=cache,
-    )
+    choosers = decoding.choosers()
+    with model.overheard(recorder.hear) if recorder else nullcontext():
+        model.generate(
+            inputs=whole_ids,
+            attention_mask=whole_mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_EachToken(writers)]),
+            logits_processor=LogitsProcessorList([*choosers, recorder] if recorder else choosers),
+            memory_lambda=lambda_,
+            query_vector=query,
+            recall=first.question,
+            past_key_values=cache,
+        )
 
 
 def _recorder(generations: Sequence[Generation], query: Tensor | None) -> Recorder | None:
@@ -301,7 +301,7 @@ def _recorder(generations: Sequence[Generation], query: Tensor | None) -> Record
     if not any(generation.has_confidence for generation in generations):
         return None
     model = generations[0].parts.model
-    recorder = Recorder(None if query is None else model.familiarity(query))
+    recorder = Recorder(model, query)
     for line, generation in enumerate(generations):
         generation.record(recorder, line)
     return recorder

@@ -7,7 +7,8 @@ At lambda 0 it returns the base model's output, untouched.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class MLPMemForCausalLM(AugmentedLM):
         self.source: Source | None = None
         self._encoder: QueryEncoder | None = None
         self._found: tuple[Tensor, Tensor] | None = None
+        self._listener: Callable[[Tensor], None] | None = None
         self._tap_layers(config.layer)
         self.base.requires_grad_(False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -169,12 +171,27 @@ class MLPMemForCausalLM(AugmentedLM):
             None if query is None else query[:, None],
             self.config.memory_temperature,
         )
+        if self._listener is not None:
+            self._listener(memory_log_probs)
         asked: bool | Tensor = False
         if query is not None:
             asked = query.ne(0).any(-1, keepdim=True)  # (B, 1)
         return mix(
             logits, memory_log_probs, self.memory.corpus_tokens, lambda_, self.gate, asked=asked
         )
+
+    @contextmanager
+    def overheard(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
+        """Until its end, the memory's log-probabilities go to a listener too. *Shape:* (B, T, V).
+
+        In several pieces where there are many positions.
+        """
+        self._listener = listener
+        try:
+            yield
+        finally:
+            if self._listener is listener:  # the next one may be listening already
+                self._listener = None
 
     def constant_weight(self, lambda_: float, *, asked: bool) -> float | None:
         """The memory's weight in the mixture where it is the same for every token; else None.

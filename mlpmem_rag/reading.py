@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mlpmem_rag.answering import sureness
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
@@ -106,7 +107,7 @@ class Agreed:
 
     Attributes:
         text: the answer.
-        trace: of its tokens, after the question alone.
+        trace: of its tokens by the memory, after the question alone.
         is_remembered: whether it is the memory's own.
     """
 
@@ -147,14 +148,38 @@ def agreed_answer(
     for text in (remembered, read):
         said = answer_ids(tokenizer, text)
         asked = fitting(bare, window, len(said))
-        trace = answer_trace(model, asked, said, query_vector, lambda_=lambda_)
+        alone, trace = answer_trace(model, asked, said, query_vector, lambda_=lambda_)
         continued = encoded(tokenizer, f" {text}{STOP}", special=False)
         shown = fitting(full, window, len(continued))
-        reader = answer_trace(model, shown, continued, None, lambda_=0.0)
-        joint = sum(trace.log_probs) + sum(reader.log_probs)
+        reader = answer_log_probs(model, shown, continued, None, lambda_=0.0)
+        joint = float(alone.sum() + reader.sum())
         found.append((joint, Agreed(text, trace, is_remembered=text == remembered)))
     (first, mine), (second, other) = found
     return mine if first >= second else other
+
+
+@torch.inference_mode()
+def answer_log_probs(
+    model: MLPMemForCausalLM,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    query_vector: Tensor | None,
+    *,
+    lambda_: float | None = None,
+) -> Tensor:
+    """How probable the mixture finds each token of an answer after a prompt. *Shape:* -> (A,)."""
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    kept = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ids.device)
+    output = model(
+        input_ids=ids,
+        use_cache=False,
+        logits_to_keep=kept,
+        query_vector=query_vector,
+        memory_lambda=lambda_,
+    )
+    log_probs = output.logits[0].float().log_softmax(-1)
+    chosen: Tensor = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    return chosen
 
 
 @torch.inference_mode()
@@ -165,26 +190,17 @@ def answer_trace(
     query_vector: Tensor | None,
     *,
     lambda_: float | None = None,
-) -> Trace:
-    """How probable the mixture finds each token of an answer after a prompt."""
-    ids = torch.tensor([[*prompt, *answer]], device=model.device)
-    kept = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ids.device)
-    log_probs = (
-        model(
-            input_ids=ids,
-            use_cache=False,
-            logits_to_keep=kept,
-            query_vector=query_vector,
-            memory_lambda=lambda_,
-        )
-        .logits[0]
-        .float()
-        .log_softmax(-1)
-    )
-    chosen = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-    entropies = torch.special.entr(log_probs.exp()).sum(-1)
+) -> tuple[Tensor, Trace]:
+    """`answer_log_probs`, and how sure the memory alone is of these tokens, if it is asked."""
+    heard: list[Tensor] = []
+    with model.overheard(heard.append):
+        log_probs = answer_log_probs(model, prompt, answer, query_vector, lambda_=lambda_)
+    if not heard:
+        return log_probs, Trace((), ())
+    tokens = torch.tensor(answer, device=model.device)
+    own, entropies = sureness(torch.cat(heard, dim=1)[0], tokens, model.memory.corpus_tokens)
     near = 0.0 if query_vector is None else model.familiarity(query_vector)[0]
-    return Trace(tuple(chosen.tolist()), tuple(entropies.tolist()), near)
+    return log_probs, Trace(tuple(own.tolist()), tuple(entropies.tolist()), near)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

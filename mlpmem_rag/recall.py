@@ -27,7 +27,7 @@ Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 MAX_QUESTIONS = 65_536
 SOURCE_PART = 0.5
 """Of the sentence that answers a question, in its key (docs/experiments.md)."""
-DRAFT_TOKENS = 8
+DRAFT_TOKENS = 16
 """Of an answer that are kept as a draft, its end included; few answers are longer."""
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlpmem_rag import answering
-from mlpmem_rag.answering import answer_batch
+from mlpmem_rag.answering import LEAST, answer_batch
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.confidence import Confidence, Trace
@@ -147,8 +147,8 @@ def test_each_question_has_the_vector_of_its_own_number(llama: Setup) -> None:
         np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
 
 
-def test_a_trace_is_of_the_full_distributions(llama: Setup) -> None:
-    """Compared with a forward pass over the prompt and the greedy tokens."""
+def test_a_trace_is_of_the_memorys_distributions(llama: Setup) -> None:
+    """Compared with what it makes of the state behind the prompt and the greedy tokens."""
     memory, lengths = llama.memory, set()
     for number, (_, trace) in enumerate(llama.answers()):
         ids = prompt_ids(memory.tokenizer, [{"role": "user", "content": QUESTIONS[number]}])
@@ -157,12 +157,16 @@ def test_a_trace_is_of_the_full_distributions(llama: Setup) -> None:
         for log_prob, entropy in zip(trace.log_probs, trace.entropies, strict=True):
             assert not ended, "nothing is traced after the end of text"
             with torch.no_grad():
-                output = memory.model(input_ids=torch.tensor([ids]), query_vector=query)
-            probs = output.logits[0, -1].double().softmax(-1)
-            assert log_prob == pytest.approx(math.log(probs.max()), abs=1e-4)
-            expected = -(probs * probs.clamp_min(1e-300).log()).sum().item()
-            assert entropy == pytest.approx(expected, abs=1e-4)
-            ids = [*ids, int(probs.argmax())]
+                inputs = torch.tensor([ids])
+                output = memory.model(input_ids=inputs, query_vector=query)
+                states = llama.backbone.hidden(inputs, torch.ones_like(inputs))
+                log_probs = memory.model.memory.log_probs(states[:, -1], query)[0].double()
+            token, probs = int(output.logits[0, -1].argmax()), log_probs.exp()
+            known = memory.model.memory.corpus_tokens.tolist()
+            expected = log_probs[known.index(token)] if token in known else LEAST
+            assert log_prob == pytest.approx(float(expected), abs=1e-4)
+            assert entropy == pytest.approx(-(probs * log_probs).sum().item(), abs=1e-4)
+            ids = [*ids, token]
             ended = ids[-1] == memory.tokenizer.eos_token_id
         assert ended or len(trace.log_probs) == 12
         lengths.add(len(trace.log_probs))
@@ -192,7 +196,7 @@ def test_distributions_are_noted_only_for_a_confidence(
     llama: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted: list[torch.Tensor] = []
-    monkeypatch.setattr(answering.Recorder, "note", lambda _, scores: noted.append(scores))
+    monkeypatch.setattr(answering.Recorder, "note", lambda _, said, __: noted.append(said))
     model, tokenizer, encoder = llama.memory.model, llama.memory.tokenizer, llama.memory.encoder
     untold = MemoryModel(model, tokenizer, encoder)
     assert untold.answer(QUESTIONS[0], max_new_tokens=3).confidence is None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, partialmethod
@@ -32,7 +30,7 @@ from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.generation import Answer
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
-from mlpmem_rag.mixing import Share, mix, mixture
+from mlpmem_rag.mixing import mix
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.prompts import prompt_ids
 from tests.conftest import save_model
@@ -264,11 +262,14 @@ def test_what_waited_comes_out_as_token_by_token(
         reading = Reading(halves, opening, mask)
         reading.read(ids[:, begun:])
         reading.read(more[:, :1])
-        first = reading.rest()
-        for place in range(1, more.shape[1]):
+        found = [reading.rest()]
+        for place in range(1, more.shape[1] - 1):
             reading.read(more[:, place : place + 1])
-        found = halves.head(torch.cat([first, reading.rest()], dim=1))
-    assert torch.allclose(found, expected, atol=1e-4)
+        found.append(reading.rest())
+        reading.read(more[:, -1:])
+        found.append(reading.rest())
+    places = [1, more.shape[1] - 1, more.shape[1]]
+    assert torch.allclose(halves.head(torch.cat(found, 1)), expected[:, places], atol=1e-4)
 
 
 def test_the_state_is_what_the_memory_is_taught_with(memory: MemoryModel) -> None:
@@ -353,14 +354,17 @@ def test_layers_that_change_nothing_do_not_run(memory: MemoryModel, runs: list[i
     assert late < answer.new_tokens / 2 if sure else 0 < late < answer.new_tokens
 
 
-def test_a_confidence_needs_them_once(memory: MemoryModel, runs: list[int]) -> None:
-    last = len(decoder_layers(memory.model.base)) - 1
-    assert memory._halves.usable
-    runs.clear()
-    whole(memory.reply([{"role": "user", "content": QUESTIONS[0]}], Decoding(12)))
-    assert runs[-1] == last  # nothing waits at the end
-    if memory.model.config.memory_temperature == SURE:
-        assert runs.count(last) < 6
+def test_a_confidence_needs_no_more(memory: MemoryModel, runs: list[int]) -> None:
+    untold = MemoryModel(memory.model, memory.tokenizer)
+    answers, counts = [], []
+    for asked in (memory, untold):
+        asked.answer(QUESTIONS[1], max_new_tokens=1)  # reads the opening
+        runs.clear()
+        answers.append(asked.answer(QUESTIONS[0], max_new_tokens=12))
+        counts.append(list(runs))
+    assert counts[0] == counts[1]
+    assert answers[0].confidence is not None
+    assert answers[1].confidence is None
 
 
 @pytest.mark.parametrize(
@@ -466,55 +470,6 @@ class Nothing(Letters):
         return np.zeros((len(texts), 6), dtype=np.float32)
 
 
-def test_the_seconds_of_an_answer_hold_all_of_it(
-    memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = Reading.rest
-
-    def slowly(reading: Reading) -> Tensor:
-        time.sleep(0.3)
-        return plain(reading)
-
-    monkeypatch.setattr(Reading, "rest", slowly)
-    answer = memory.answer(QUESTIONS[0], max_new_tokens=3)
-    assert answer.seconds >= 0.3
-
-
-def test_distributions_of_a_long_answer_do_not_all_exist_at_once(
-    memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-
-    def counting(base: Tensor, shares: Sequence[Share]) -> Tensor:
-        sizes.append(base.shape[1])
-        return mixture(base, shares)
-
-    monkeypatch.setattr(early_exit, "mixture", counting)
-    monkeypatch.setattr(early_exit, "PIECE", 4)
-    early, late = (m.answer(QUESTIONS[0], max_new_tokens=20) for m in (memory, plainly(memory)))
-    assert 0 < max(sizes) <= 4
-    assert early.confidence == pytest.approx(late.confidence, rel=1e-4)
-
-
-def test_where_nobody_asks_for_a_confidence_one_distribution_is_enough(
-    memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-
-    def counting(base: Tensor, shares: Sequence[Share]) -> Tensor:
-        sizes.append(base.shape[1])
-        return mixture(base, shares)
-
-    expected = memory.answer(QUESTIONS[0], max_new_tokens=20)
-    monkeypatch.setattr(early_exit, "mixture", counting)
-    monkeypatch.setattr(early_exit, "PIECE", 4)
-    untold = MemoryModel(memory.model, memory.tokenizer)
-    answer = untold.answer(QUESTIONS[0], max_new_tokens=20)
-    assert (answer.text, answer.new_tokens) == (expected.text, expected.new_tokens)
-    assert set(sizes) <= {1}
-    assert len(sizes) < answer.new_tokens
-
-
 def test_for_a_token_that_is_decided_the_host_waits_once(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,25 +513,14 @@ def test_many_at_once_share_a_batch(memory: MemoryModel) -> None:
         assert one.confidence == pytest.approx(expected.confidence, rel=1e-4)
 
 
-def test_before_its_end_an_answer_has_no_confidence(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, plain = threading.Event(), Reading.rest
-
-    def later(reading: Reading) -> Tensor:
-        assert seen.wait(60)
-        return plain(reading)
-
-    memory = memory_on(tiny_folder, temperature=0.005)  # no token is in doubt
-    assert memory._halves.usable
-    monkeypatch.setattr(Reading, "rest", later)
-    stream = memory.reply([{"role": "user", "content": QUESTIONS[0]}], Decoding(12))
+def test_a_confidence_is_known_as_far_as_the_answer_has_come(memory: MemoryModel) -> None:
+    talk = [{"role": "user", "content": QUESTIONS[0]}]
+    short = {n: memory.answer(QUESTIONS[0], max_new_tokens=n).confidence for n in range(1, 9)}
+    stream = memory.reply(talk, Decoding(8))
     for _ in stream:
-        if not seen.is_set():
-            assert stream.answer.confidence is None
-            seen.set()
-    assert seen.is_set()
-    assert stream.answer.confidence is not None
+        answer = stream.answer
+        assert answer.confidence == pytest.approx(short[answer.new_tokens], rel=1e-4)
+    assert stream.answer.confidence == pytest.approx(short[8], rel=1e-4)
 
 
 # Drafts.
@@ -717,12 +661,13 @@ def test_what_is_taken_back_was_never_read(
         if windows:
             return
         found.append(reading.read(wrong, 4)[:, :1])
-        rest = [reading.rest()[:, :2]] if settled else []
+        rest = reading.rest(4)[:, :1] if settled else None
         reading.forget(3)
         found += [reading.read(right[:, 1:], 2)]
-        rest.append(reading.rest())
         assert torch.allclose(torch.cat(found, 1), torch.cat(states, 1), atol=1e-5)
-        assert torch.allclose(torch.cat(rest, 1), expected.rest(), atol=1e-5)
+        after = expected.rest(4)  # the question's end, and three more
+        assert torch.allclose(reading.rest(2), after[:, 2:], atol=1e-5)
+        assert rest is None or torch.allclose(rest, after[:, 1:2], atol=1e-5)
 
 
 def test_where_a_window_is_full_nothing_is_read_ahead(

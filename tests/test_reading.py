@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mlpmem_rag.answering import LEAST
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import load_backbone
-from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.confidence import Confidence, Trace
 from mlpmem_rag.errors import ClosedError
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
@@ -20,6 +21,7 @@ from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.reading import (
     EXAMPLES,
     agreed_answer,
+    answer_log_probs,
     answer_trace,
     encoded,
     read_batch,
@@ -59,16 +61,25 @@ def test_log_probabilities_are_those_of_the_mixture(
 ) -> None:
     model, tokenizer = pair
     prompts = [encoded(tokenizer, text) for text in ("a lamp hung over", "the ledger")]
-    answers = [encoded(tokenizer, text, special=False) for text in ("the quay", "of a clerk")]
+    answers = [[5, 250], [7, 8, 299]]  # the memory knows the first forty tokens
     for prompt, answer in zip(prompts, answers, strict=True):
-        found = answer_trace(model, prompt, answer, None)
+        found, trace = answer_trace(model, prompt, answer, None)
         with torch.inference_mode():
             log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            alone = model(torch.tensor([prompt + answer]), memory_lambda=1.0).logits[0]
         places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
         expected = [log_probs[p, t].item() for p, t in zip(places, answer, strict=True)]
-        assert found.log_probs == pytest.approx(expected, rel=1e-4)
-        entropies = [torch.special.entr(log_probs[p].exp()).sum().item() for p in places]
-        assert found.entropies == pytest.approx(entropies, rel=1e-4)
+        assert found.tolist() == pytest.approx(expected, rel=1e-4)
+        own = [alone[p, t].item() for p, t in zip(places, answer, strict=True)]
+        assert trace.log_probs == pytest.approx([*own[:-1], LEAST], rel=1e-4)
+        assert min(own[:-1]) > LEAST > own[-1]
+        entropies = [torch.special.entr(alone[p].exp()).sum().item() for p in places]
+        assert trace.entropies == pytest.approx(entropies, rel=1e-4)
+        unmixed, none = answer_trace(model, prompt, answer, None, lambda_=0.0)
+        assert none == Trace((), ())
+        torch.testing.assert_close(
+            unmixed, answer_log_probs(model, prompt, answer, None, lambda_=0)
+        )
 
 
 def test_prompts_are_read_together_as_alone(
@@ -91,9 +102,9 @@ def test_the_jointly_more_probable_answer_is_given(
     joint = []
     for text in (remembered, read):
         line = encoded(tokenizer, f" {text}\n", special=False)
-        own = answer_trace(model, bare, answer_ids(tokenizer, text), None)
-        reader = answer_trace(model, encoded(tokenizer, prompt), line, None, lambda_=0.0)
-        joint.append(sum(own.log_probs) + sum(reader.log_probs))
+        own = answer_log_probs(model, bare, answer_ids(tokenizer, text), None)
+        reader = answer_log_probs(model, encoded(tokenizer, prompt), line, None, lambda_=0.0)
+        joint.append(float(own.sum() + reader.sum()))
     expected = remembered if joint[0] >= joint[1] else read
     found = agreed_answer(model, tokenizer, question, None, prompt, remembered, read)
     assert found.text == expected
@@ -120,7 +131,7 @@ def test_the_confidence_is_that_of_the_text_given(
             assert both.confidence == alone.confidence
         else:
             bare = prompt_ids(memory.tokenizer, [{"role": "user", "content": question}])
-            trace = answer_trace(memory.model, bare, answer_ids(memory.tokenizer, read), None)
+            _, trace = answer_trace(memory.model, bare, answer_ids(memory.tokenizer, read), None)
             assert both.confidence == pytest.approx(confidence.of(trace))
         given.add(both.text == alone.text)
     assert given == {True, False}

@@ -158,13 +158,13 @@ def test_beyond_the_limit_other_wordings_go_first() -> None:
 
 
 def test_a_draft_is_how_the_answer_was_taught(study: StudyRows) -> None:
-    answers: dict[int, list[int]] = {0: [5, 9], 1: [7], 4: list(range(20, 31)), 11: [3, 3, 8]}
+    answers: dict[int, list[int]] = {0: [5, 9], 1: [7], 4: list(range(20, 40)), 11: [3, 3, 8]}
     rows = replace(
         study,
         next_tokens=np.concatenate(list(answers.values())).astype(np.int32),
         questions=np.repeat(list(answers), [len(a) for a in answers.values()]).astype(np.int32),
     )
-    assert longest_draft(rows) == recall.DRAFT_TOKENS < 11
+    assert longest_draft(rows) == recall.DRAFT_TOKENS < 20
     found = answer_drafts(rows, np.array([11, 2, 4, 0]), 4)
     assert found.tolist() == [[3, 3, 8, -1], [-1] * 4, [20, 21, 22, 23], [5, 9, -1, -1]]
     assert found.dtype == np.int32

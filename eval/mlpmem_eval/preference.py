@@ -17,7 +17,7 @@ from mlpmem_eval.questions import question_rows
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
-from mlpmem_rag.reading import answer_trace
+from mlpmem_rag.reading import answer_log_probs
 
 Floats = npt.NDArray[np.float64]
 HALLUCINATED = "hallucinated_answer"
@@ -98,5 +98,4 @@ def _mean_log_prob(
     messages = [{"role": "user", "content": prompt}]
     room = memory.room_for_prompt(len(tokens))
     ids = prompt_ids(memory.tokenizer, messages)[-room:]
-    trace = answer_trace(memory.model, ids, tokens, vector, lambda_=lambda_)
-    return sum(trace.log_probs) / len(tokens)
+    return float(answer_log_probs(memory.model, ids, tokens, vector, lambda_=lambda_).mean())
