@@ -37,8 +37,8 @@ from mlpmem_rag.storage import allocate_array
 from mlpmem_rag.torch_index import free_bytes
 
 MAX_NEIGHBORS = 1024
-QUERY_BATCH = 1024
-LARGE_QUERY_BATCH = 4096
+QUERY_BATCH = 4096
+"""Rows searched at once; FAISS goes through all keys for each, and takes their squares anew."""
 BYTES_ON_GPU = 6
 """Of a number in a key: in half and in single precision."""
 
@@ -94,12 +94,10 @@ class FlatSearch:
             if in_memory
             else StoredIndex(datastore, database, centre)
         )
-        many = device.type == "cuda" or not in_memory  # where going through the keys costs most
-        self._batch = LARGE_QUERY_BATCH if many else QUERY_BATCH
 
     def groups(self) -> Iterator[Rows]:
         """Rows in their order."""
-        return stretches(np.arange(self._datastore.num_rows), self._batch)
+        return stretches(np.arange(self._datastore.num_rows), QUERY_BATCH)
 
     def search(self, rows: Rows, k: int) -> tuple[Rows, Floats]:
         """As `Search` says; -1 where there are fewer."""

@@ -21,7 +21,7 @@ from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
-from mlpmem_rag.neighbors import LARGE_QUERY_BATCH, exact_rows
+from mlpmem_rag.neighbors import QUERY_BATCH, exact_rows
 from mlpmem_rag.recall import MAX_QUESTIONS
 from mlpmem_rag.schedule import long_enough
 from mlpmem_rag.targets import MAX_TOKENS
@@ -210,7 +210,7 @@ def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
     """Bytes that the neighbour search takes beside keys that it may hold."""
     if not exact:
         return search_bytes(rows, width)
-    return LARGE_QUERY_BATCH * k * 64 + STORED_BLOCK * width * 8
+    return QUERY_BATCH * k * 64 + STORED_BLOCK * width * 8
 
 
 def _existing(path: Path) -> Path:
@@ -283,7 +283,7 @@ def _compare_seconds(width: int, device: torch.device) -> float:
     """Seconds for one distance between two keys, in a large product, and for selecting."""
     if device.type == "cuda":
         keys = torch.zeros(GPU_COMPARED, width, device=device)
-        factor, asked = key_factor(keys), query_factor(keys[:LARGE_QUERY_BATCH])
+        factor, asked = key_factor(keys), query_factor(keys[:QUERY_BATCH])
         took = _best_of(2, lambda: products(asked, factor.keys).amin(1), device)
         return took / (len(asked) * len(keys))
     keys = torch.zeros(2048, width)

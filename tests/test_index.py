@@ -210,7 +210,7 @@ def test_keys_that_are_not_held_are_found_all_the_same(
     k: int, tmp_path: Path, datastore_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STORED_BLOCK", 32)
-    monkeypatch.setattr(neighbors, "LARGE_QUERY_BATCH", 64)
+    monkeypatch.setattr(neighbors, "QUERY_BATCH", 64)
     store = datastore_of(np.random.default_rng(k).normal(size=(200, 12)))
     database = np.arange(0, 200, 2)
     held = find_neighbors(store, database, tmp_path / "held", k=k)
