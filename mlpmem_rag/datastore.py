@@ -75,8 +75,9 @@ class Datastore:
 
     def _read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.floating]) -> None:
         shard_of = rows // SHARD_ROWS
-        for number in np.unique(shard_of):
-            here = shard_of == number
+        numbers = np.unique(shard_of)
+        for number in numbers:
+            here = shard_of == number if len(numbers) > 1 else slice(None)
             out[here] = self.key_shards[number][rows[here] - number * SHARD_ROWS]
 
     @classmethod

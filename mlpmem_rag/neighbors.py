@@ -158,9 +158,6 @@ def find_neighbors(
         in_a_row = last - first + 1 == len(rows)  # rows of a group ascend
         where = slice(first, last + 1) if in_a_row else rows  # four times as fast
         ids[where], distances[where] = drop_self(rows, *found, k)
-        if in_a_row:  # to the disk while others are searched; scattered rows go there at the end
-            ids.flush()
-            distances.flush()
         return len(rows)
 
     found = (partial(keep, rows, search.search(rows, k + 1)) for rows in search.groups())
