@@ -13,7 +13,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
-from mlpmem_rag.prompts import STOP_STRING, chats, fitting, left_padded, prompt_ids
+from mlpmem_rag.openings import Openings
+from mlpmem_rag.prompts import STOP_STRING, Prompt, chats, conversation
 from mlpmem_rag.query import Vectors
 
 BATCH = 64
@@ -103,27 +104,31 @@ def answer_batch(
 ) -> list[tuple[str, Trace]]:
     """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, Q)."""
     window = context_window(model.base)
-    asked = [prompt_ids(tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    prompts = [fitting(ids, window, max_new_tokens) for ids in asked]
+    asked = [conversation(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    room = max(1, window - max_new_tokens)
+    prompts = [p if len(p.token_ids) <= room else Prompt(p.token_ids[-room:]) for p in asked]
+    openings = Openings(model.base)
+    mixes = (model.memory_lambda if lambda_ is None else lambda_) > 0
     config = generation_config(model, tokenizer, max_new_tokens)
     generator: Any = model  # generate() is annotated for other classes
     answers: dict[int, tuple[str, Trace]] = {}
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].token_ids))
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
-        ids, mask = left_padded([prompts[number] for number in batch], config.pad_token_id)
+        begun = openings.begin([prompts[n] for n in batch], config.pad_token_id, shared=mixes)
         vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
         recorder = Recorder(model, vectors)
         with model.overheard(recorder.hear):
             output = generator.generate(
-                inputs=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                inputs=begun.token_ids,
+                attention_mask=begun.mask,
+                past_key_values=begun.cache,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([recorder]),
                 memory_lambda=lambda_,
                 query_vector=vectors,
                 tokenizer=tokenizer,
-            )[:, ids.shape[1] :].tolist()
+            )[:, begun.token_ids.shape[1] :].tolist()
         for line, number in enumerate(batch):
             length = _length(tokenizer, output[line], config)
             text = str(tokenizer.decode(output[line][:length], skip_special_tokens=True))

@@ -19,14 +19,13 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.answering import Recorder, generation_config
-from mlpmem_rag.backbone import text_config
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.early_exit import Halves, Reading, changes_nothing, generate_early
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.pieces import TextPieces
-from mlpmem_rag.prompts import Prompt, left_padded
+from mlpmem_rag.prompts import Prompt
 from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.turns import Listener, Task
 
@@ -259,40 +258,33 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     config = _config(parts, decoding)
     eos = set(config.eos_token_id or ())
     writers = [Writer(generation, listener, eos) for generation, listener, _ in begun]
-    prompts = [prompt for _, _, prompt in begun]
     # The base model alone reads all at once: in pieces its last bits would be others.
-    opening = _shared_opening(prompts) if mixes and not _windowed(model, prompts) else []
-    token_ids, mask = left_padded(
-        [prompt.token_ids[len(opening) :] for prompt in prompts], config.pad_token_id
+    prompts = parts.openings.begin(
+        [prompt for _, _, prompt in begun], config.pad_token_id, shared=mixes
     )
-    before = torch.tensor([opening] * len(prompts), dtype=torch.long)
-    cache = parts.openings.cache(opening, len(prompts))
-    whole_ids = torch.cat([before, token_ids], dim=1).to(model.device)
-    whole_mask = torch.cat([torch.ones_like(before), mask], dim=1).to(model.device)
     weight = _constant_weight(model, decoding, lambda_, query)
     if weight is not None and weight > 0.5 and _divides(parts):
-        reading = Reading(parts.halves, cache, whole_mask)
-        unread = whole_ids if cache is None else whole_ids[:, len(opening) :]
+        reading = Reading(parts.halves, prompts.cache, prompts.mask)
         view, draft = None, []
         if query is not None and model.query_size:
             view = model.told(query, recall=first.question)
             if first.question and len(begun) == 1:
                 draft = model.draft(query)[: decoding.max_new_tokens]
         note = recorder.note if recorder else None
-        generate_early(model, reading, unread, view, weight, writers, note, draft)
+        generate_early(model, reading, prompts.unread, view, weight, writers, note, draft)
         return
     choosers = decoding.choosers()
     with model.overheard(recorder.hear) if recorder else nullcontext():
         model.generate(
-            inputs=whole_ids,
-            attention_mask=whole_mask,
+            inputs=prompts.token_ids,
+            attention_mask=prompts.mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([_EachToken(writers)]),
             logits_processor=LogitsProcessorList([*choosers, recorder] if recorder else choosers),
             memory_lambda=lambda_,
             query_vector=query,
             recall=first.question,
-            past_key_values=cache,
+            past_key_values=prompts.cache,
         )
 
 
@@ -326,20 +318,6 @@ def _divides(parts: Parts) -> bool:
 def _is_request(query: Tensor | None, width: int) -> bool:
     """Whether every row says what is asked. *Shape:* (B, Q)."""
     return query is not None and query.shape[1] == width and bool(query.any(-1).all())
-
-
-def _windowed(model: MLPMemForCausalLM, prompts: Sequence[Prompt]) -> bool:
-    """Whether layers with a window would take padding behind an opening for text.
-
-    They count places, so that padding in the middle moves the opening of the shorter prompts away.
-    """
-    sliding = getattr(text_config(model.base), "sliding_window", None)
-    return bool(sliding) and len({len(prompt.token_ids) for prompt in prompts}) > 1
-
-
-def _shared_opening(prompts: Sequence[Prompt]) -> list[int]:
-    openings = {tuple(prompt.token_ids[: prompt.opening]) for prompt in prompts}
-    return list(openings.pop()) if len(openings) == 1 else []
 
 
 def _config(parts: Parts, decoding: Decoding) -> GenerationConfig:

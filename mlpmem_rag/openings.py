@@ -10,11 +10,16 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from mlpmem_rag.backbone import text_config
+from mlpmem_rag.prompts import Prompt, left_padded
 
 Layer = TypeVar("Layer")
 
@@ -24,12 +29,66 @@ SHORTEST = 8
 """Tokens below which computing costs no more than looking up."""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Prompts of a batch, whose common beginning may have been read.
+
+    Attributes:
+        token_ids: all of them, padded in front or behind that beginning. *Shape:* (B, T).
+        mask: 0 for padding. *Shape:* (B, T).
+        cache: of their first tokens, to be taken over; None: nothing has been read.
+        read: how many these are.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    cache: DynamicCache | None
+    read: int
+
+    @property
+    def unread(self) -> Tensor:
+        """What the model is to read first. *Shape:* (B, T - read)."""
+        return self.token_ids[:, self.read :]
+
+
 class Openings:
     """Keys and values of prompts' beginnings on one base model. For one thread at a time."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
         self._kept: OrderedDict[tuple[int, ...], DynamicCache] = OrderedDict()
+
+    def begin(self, prompts: Sequence[Prompt], pad: int, *, shared: bool = True) -> Begun:
+        """A batch of prompts, from where they differ if they begin alike.
+
+        Args:
+            prompts: what the model reads.
+            pad: token id of the padding.
+            shared: False: the model is to read all at once, which has other last bits.
+        """
+        opening = self._common(prompts) if shared else []
+        ids, mask = left_padded([p.token_ids[len(opening) :] for p in prompts], pad)
+        before = torch.tensor([opening] * len(prompts), dtype=torch.long)
+        cache = self.cache(opening, len(prompts))
+        device = self._base.device
+        return Begun(
+            torch.cat([before, ids], dim=1).to(device),
+            torch.cat([torch.ones_like(before), mask], dim=1).to(device),
+            cache,
+            0 if cache is None else len(opening),
+        )
+
+    def _common(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The opening of all prompts, unless a layer with a window would mistake the padding.
+
+        Such layers count places, so that padding in the middle moves the opening of the shorter
+        prompts away.
+        """
+        openings = {tuple(prompt.token_ids[: prompt.opening]) for prompt in prompts}
+        sliding = bool(getattr(text_config(self._base), "sliding_window", None))
+        if len(openings) > 1 or (sliding and len({len(p.token_ids) for p in prompts}) > 1):
+            return []
+        return list(openings.pop())
 
     @torch.inference_mode()
     def cache(self, opening: Sequence[int], batch: int = 1) -> DynamicCache | None:
