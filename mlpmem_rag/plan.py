@@ -22,7 +22,7 @@ from mlpmem_rag.index import STORED_BLOCK
 from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import QUERY_BATCH, exact_rows
-from mlpmem_rag.recall import MAX_QUESTIONS
+from mlpmem_rag.recall import DRAFT_TOKENS, MAX_QUESTIONS
 from mlpmem_rag.schedule import long_enough
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.torch_index import key_factor, products, query_factor
@@ -48,6 +48,8 @@ CONTEXT_BYTES = 8
 """Of a token: its share of a context's vector, and which one that is, apart from its width."""
 ENCODER_BYTES = 50 * 2**20
 """Of a query encoder that has read the corpus, once in the working folder, once in the memory."""
+DRAFT_BYTES = 4 * DRAFT_TOKENS
+"""Of a question that may be recalled: how its answer begins."""
 STEP_TOKENS = 1000
 """Tokens that the base model reads in the time of one of the encoder's training steps, about."""
 DISTANCE_BYTES = 130
@@ -170,7 +172,8 @@ def make_plan(
             + rows * 6 * min(MAX_TOKENS, k)  # targets
             + (0 if exact else rows * 2 * width)  # keys in the cells' order
             + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
-            + (2 * ENCODER_BYTES + 22 * query_size * kept if study_rows else 0)  # and their keys
+            + (2 * ENCODER_BYTES if study_rows else 0)
+            + ((22 * query_size + 6 * DRAFT_BYTES) * kept if study_rows else 0)  # with a memory
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=needed + (held if in_memory else 0),
@@ -200,7 +203,7 @@ def learning_memory(rows: int, study_rows: int, query_size: int, parameters: int
         "study": taught + PROMPT_BYTES * questions + vectors,
         "distil": taught
         + vectors
-        + 4 * query_size * min(questions, MAX_QUESTIONS)
+        + (4 * query_size + DRAFT_BYTES) * min(questions, MAX_QUESTIONS)
         + 4 * parameters * 6
         + ORDER_BYTES * (rows + study_rows),
     }

@@ -155,8 +155,8 @@ def test_what_is_learned_is_counted_by_hand() -> None:
     found = learning_memory(1000, 5500, 384, parameters=10)
     vectors = 1100 * 4 * 384
     taught = 1100 * 1200 + vectors + 5500 * 8 + 1000 * (8 + 4 * 384 // 64)
-    # Two copies of the vectors, of which keys are made; an order of all rows.
-    assert found["distil"] == taught + 2 * vectors + 240 + 6500 * 24
+    # Two copies of the vectors, of which keys are made; drafts; an order of all rows.
+    assert found["distil"] == taught + 2 * vectors + 1100 * 64 + 240 + 6500 * 24
     assert found["study"] == taught + vectors + 1100 * 700
     assert learning_memory(1000, 0, 0, parameters=10) == {"study": 0, "distil": 240 + 1000 * 24}
 
