@@ -324,6 +324,7 @@ def _study(
 
     # The memory that is kept learns the rest as well, as often as it has learned these.
     memory = stages.finish(memory, datastore, targets, studied, *learned, last)
+    calibration = stages.unharming(memory, calibration)
     tuned = Tuned(MEMORY_LAMBDA, perplexity=perplexity)
     return _Trained(memory, distilled, tuned, *counts, calibration, stages.adapted)
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,8 +25,10 @@ from mlpmem_rag.calibrate import (
     QuestionSplit,
     answer_coverage,
     calibrate,
+    score_other_text,
     score_text,
     split_questions,
+    unharming,
 )
 from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.contexts import Contexts, encode_contexts
@@ -448,6 +450,12 @@ class Stages:
             schedule,
         )
         return memory
+
+    def unharming(self, memory: Memory, calibration: Calibration) -> Calibration:
+        """With a gate that does other text no harm, now that the memory has learned everything."""
+        other = score_other_text(self._prepared.backbone, memory, seed=self._config.seed)
+        gate = replace(calibration.gate, plain=unharming(calibration.gate.plain, other))
+        return replace(calibration, gate=gate)
 
     def seconds(self) -> dict[str, float]:
         """Time of each stage, also of those that an earlier run has done."""

@@ -752,6 +752,23 @@ def test_answers_to_what_was_held_out_are_kept(learned: Run) -> None:
     assert all(0 < answer.confidence < 1 for answer in kept.answers)
 
 
+def test_the_memory_that_is_kept_does_other_text_no_harm(learned: Run) -> None:
+    """The gate of its calibration was fitted before it had learned everything."""
+    memory = MemoryModel.load(learned.out, device="cpu")
+    gate, backbone = memory.model.gate, memory.backbone
+    assert gate is not None
+    assert backbone is not None
+    other = calibrate.score_other_text(backbone, memory.model.memory, seed=0)
+    values = json.loads((learned.out / WORK / "calibration" / "calibration.json").read_text())
+    values.pop("perplexity")
+    harm = [
+        (other.p_base.log() - other.mixed(g, 1.0, asked=False).log()).mean().exp().item()
+        for g in (gate, Calibration.from_dict(values).gate)
+    ]
+    assert harm[0] == pytest.approx(calibrate.MAX_HARM, abs=1e-4)
+    assert harm[0] < harm[1]
+
+
 def test_report_manifest_and_work_of_a_self_study(
     studied: Run, study_config: TrainConfig, own_questions: Path
 ) -> None:
