@@ -328,8 +328,8 @@ def load_memory(
     tensors = read_tensors(headers, names, prefix)
     check_tokens(tensors["corpus_tokens"], folder / WEIGHTS, num_tokens)
     check_drafts(tensors["drafts"], folder / WEIGHTS, num_tokens)
-    # A copy: it alone would keep the whole file mapped after a cast of the weights.
-    tensors["corpus_tokens"] = tensors["corpus_tokens"].clone()
+    # Copies: they alone would keep the whole file mapped after a cast of the weights.
+    tensors |= {name: tensors[name].clone() for name in ("corpus_tokens", "drafts")}
     with torch.device("meta"):
         memory = Memory(config)
     memory.load_state_dict(tensors, assign=True)

@@ -17,7 +17,7 @@ from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory import Memory, MemoryConfig
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-INTEGERS = ("I32", "I64")
+INTEGERS = {torch.int32: ("I32",), torch.int64: ("I64",)}
 _LIMITS = {
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**22),
@@ -110,7 +110,7 @@ def check_headers(
                 f"{where}: tensor {name} has shape {header.shape if header else None}, the "
                 f"configuration says {tuple(tensor.shape)}; train again"
             )
-        allowed = FLOATS if tensor.is_floating_point() else INTEGERS
+        allowed = INTEGERS.get(tensor.dtype, FLOATS)
         if header.dtype not in allowed:
             raise ArtifactError(
                 f"{where}: tensor {name} holds {header.dtype}, allowed are {', '.join(allowed)}; "

@@ -245,7 +245,7 @@ def test_tensors_are_those_that_were_written(tmp_path: Path, prefix: str) -> Non
         ),
         (
             {"corpus_tokens": torch.arange(5.0)},
-            "tensor corpus_tokens holds F32, allowed are I32, I64; train again",
+            "tensor corpus_tokens holds F32, allowed are I64; train again",
         ),
         (
             {"lm_head.weight": torch.full((5, 8), torch.inf)},
