@@ -12,9 +12,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
+from mlpmem_rag.memory import columns_of
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
-from mlpmem_rag.prompts import STOP_STRING, Prompt, chats, conversation
+from mlpmem_rag.prompts import STOP_STRING, chats, conversation
 from mlpmem_rag.query import Vectors
 
 BATCH = 64
@@ -67,8 +68,7 @@ def sureness(log_probs: Tensor, tokens: Tensor, corpus_tokens: Tensor) -> Tensor
 
     *Shapes:* log_probs (B, V), tokens (B,), corpus_tokens (V,) -> (2, B).
     """
-    columns = torch.searchsorted(corpus_tokens, tokens).clamp_max(len(corpus_tokens) - 1)
-    known = corpus_tokens[columns] == tokens
+    columns, known = columns_of(tokens, corpus_tokens)
     chosen = log_probs.gather(-1, columns[:, None]).squeeze(-1)
     entropies = torch.special.entr(log_probs.exp()).sum(-1)
     return torch.stack([chosen.where(known, LEAST).clamp_min(LEAST), entropies])
@@ -105,8 +105,7 @@ def answer_batch(
     """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, Q)."""
     window = context_window(model.base)
     asked = [conversation(tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    room = max(1, window - max_new_tokens)
-    prompts = [p if len(p.token_ids) <= room else Prompt(p.token_ids[-room:]) for p in asked]
+    prompts = [prompt.within(max(1, window - max_new_tokens)) for prompt in asked]
     openings = Openings(model.base)
     mixes = (model.memory_lambda if lambda_ is None else lambda_) > 0
     config = generation_config(model, tokenizer, max_new_tokens)
@@ -116,7 +115,9 @@ def answer_batch(
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
         begun = openings.begin([prompts[n] for n in batch], config.pad_token_id, shared=mixes)
-        vectors = None if query_vectors is None else torch.from_numpy(query_vectors[batch])
+        vectors = None
+        if query_vectors is not None:  # there once, where every step recalls them
+            vectors = torch.from_numpy(query_vectors[batch]).to(model.device)
         recorder = Recorder(model, vectors)
         with model.overheard(recorder.hear):
             output = generator.generate(

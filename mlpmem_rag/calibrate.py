@@ -23,7 +23,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.confidence import Confidence, Trace, fit_confidence
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.gate import Gate, constant_weights, fit_gate, gate_features
-from mlpmem_rag.memory import Memory
+from mlpmem_rag.memory import Memory, columns_of
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids
@@ -150,8 +150,8 @@ def score_positions(
     base = output.logits[lines, columns - 1 - first].float().log_softmax(-1)
     log_probs = memory.log_probs(hidden, query)
     targets = ids[lines, columns]
-    known = torch.searchsorted(memory.corpus_tokens, targets).clamp_max(log_probs.shape[1] - 1)
-    there = memory.corpus_tokens[known] == targets  # a token outside the corpus has no mass
+    known, there = columns_of(targets, memory.corpus_tokens)
+    # A token outside the corpus has no mass.
     p_memory = log_probs.gather(1, known[:, None]).squeeze(1).exp() * there
     p_base = base.gather(1, targets[:, None]).squeeze(1).exp()
     features = gate_features(log_probs, base, memory.corpus_tokens)

@@ -61,8 +61,7 @@ class Answer:
 
     Attributes:
         text: the answer.
-        seconds: wall time from question to the end, which is when the confidence is known; before
-            the end, to the last token.
+        seconds: wall time from question to the end; before it, to the last token.
         ttft_seconds: wall time from question to first token.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, the end-of-text token included.
@@ -143,11 +142,10 @@ class Generation:
         self._parts = lambda: parts  # the same to the end, whatever becomes of the memory
         prompt = self._prompt()
         # A question stands at the end: where there is no room, the oldest part goes.
-        self._prompt_tokens = min(len(prompt.token_ids), self._room)
+        kept = prompt.within(self._room)
+        self._prompt_tokens = len(kept.token_ids)
         self._cut_tokens = len(prompt.token_ids) - self._prompt_tokens
-        if self._cut_tokens:
-            prompt = Prompt(prompt.token_ids[-self._room :])
-        return prompt
+        return kept
 
     @property
     def lambda_(self) -> float:

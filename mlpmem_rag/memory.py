@@ -245,6 +245,15 @@ class Memory(nn.Module):
         return F.log_softmax(self(hidden, query).float() / temperature, dim=-1)
 
 
+def columns_of(tokens: Tensor, corpus_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of tokens in a memory's head, and which of them it has; the others' mean nothing.
+
+    *Shapes:* (N,), (V,) -> (N,), (N,).
+    """
+    columns = torch.searchsorted(corpus_tokens, tokens).clamp_max(len(corpus_tokens) - 1)
+    return columns, corpus_tokens[columns] == tokens
+
+
 def new_memory(
     config: MemoryConfig, corpus_tokens: Tensor, head: Tensor | None, *, seed: int
 ) -> Memory:

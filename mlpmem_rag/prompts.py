@@ -34,6 +34,10 @@ class Prompt:
     token_ids: list[int]
     opening: int = 0
 
+    def within(self, room: int) -> Prompt:
+        """As much of its end as there is room for; cut, it begins like no other."""
+        return self if len(self.token_ids) <= room else Prompt(self.token_ids[-room:])
+
 
 def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Prompt:
     """`prompt_ids`, and how far they depend on the system message alone.
