@@ -180,7 +180,13 @@ def score_text(
 
 
 @torch.inference_mode()
-def score_other_text(backbone: Backbone, memory: Memory, *, seed: int) -> HeldOutRows:
+def score_other_text(
+    backbone: Backbone,
+    memory: Memory,
+    *,
+    seed: int,
+    on_progress: OnProgress = ignore_progress,
+) -> HeldOutRows:
     """Text that is not the corpus's: what the base model writes when nothing is asked of it.
 
     The memory has nothing to say there, and the gate learns to leave it out.
@@ -208,10 +214,11 @@ def score_other_text(backbone: Backbone, memory: Memory, *, seed: int) -> HeldOu
             pad_token_id=mark or 0,
         ).tolist()
     places = range(length // 4 + 1, length + 1)  # with some text before it
-    parts = [
-        score_positions(backbone, memory, texts[f : f + BATCH], [places] * BATCH, None)
-        for f in range(0, OTHER_TEXTS, BATCH)
-    ]
+    parts = []
+    for first in range(0, OTHER_TEXTS, BATCH):
+        batch = texts[first : first + BATCH]
+        parts.append(score_positions(backbone, memory, batch, [places] * len(batch), None))
+        on_progress(ProgressEvent("gate", first + len(batch), OTHER_TEXTS, "texts"))
     return HeldOutRows.joined(parts)
 
 

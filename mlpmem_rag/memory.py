@@ -9,12 +9,13 @@ names are those of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from mlpmem_rag.backbone import MLPShape
@@ -113,7 +114,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., W) -> (..., W)."""
-        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return _recomputed(self._down, self.gate_proj(x), self.up_proj(x))
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act(gate) * up)
         return out
 
 
@@ -128,8 +132,23 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., W) -> (..., W)."""
-        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        return _recomputed(self._down, self.up_proj(x))
+
+    def _down(self, up: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act(up))
         return out
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`; for its gradient only the inputs are kept, the rest is made again.
+
+    The activation and its product are half of what a training step holds and take next to no time;
+    torch stops before the matrix product, which the gradient does not need.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 class Block(nn.Module):

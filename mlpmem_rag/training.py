@@ -85,6 +85,7 @@ STAGES = (
     "distil",
     "calibration",
     "refit",
+    "gate",
 )
 ADAPTED = "adapted"
 DEFAULT_LAMBDA = 0.25
@@ -453,9 +454,18 @@ class Stages:
 
     def unharming(self, memory: Memory, calibration: Calibration) -> Calibration:
         """With a gate that does other text no harm, now that the memory has learned everything."""
-        other = score_other_text(self._prepared.backbone, memory, seed=self._config.seed)
-        gate = replace(calibration.gate, plain=unharming(calibration.gate.plain, other))
-        return replace(calibration, gate=gate)
+        with self._stage("gate", self._after("refit", calibration.gate.plain)) as (folder, done):
+            path = folder / "gate.json"
+            if not done:
+                other = score_other_text(
+                    self._prepared.backbone,
+                    memory,
+                    seed=self._config.seed,
+                    on_progress=self._on_progress,
+                )
+                write_json(path, {"plain": unharming(calibration.gate.plain, other)})
+            plain = tuple(json.loads(path.read_text())["plain"])
+        return replace(calibration, gate=replace(calibration.gate, plain=plain))
 
     def seconds(self) -> dict[str, float]:
         """Time of each stage, also of those that an earlier run has done."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlpmem_rag.backbone import MLPShape
 from mlpmem_rag.errors import ConfigError
@@ -68,6 +72,55 @@ def test_forward_equals_the_formulas(kind: str, by_hand: object) -> None:
         torch.testing.assert_close(memory(x), by_hand(memory.state_dict(), x))
         expected = (memory(x) / 0.7).log_softmax(-1)
         torch.testing.assert_close(memory.log_probs(x, temperature=0.7), expected)
+
+
+@pytest.mark.parametrize(("kind", "by_hand"), [("gated", gated_by_hand), ("plain", plain_by_hand)])
+def test_gradients_equal_those_of_the_formulas(kind: str, by_hand: object) -> None:
+    assert callable(by_hand)
+    memory, x = randomised(SHAPES[kind]), hidden(5)
+    names, parameters = zip(*memory.named_parameters(), strict=True)
+    ours = torch.autograd.grad(memory(x).logsumexp(-1).sum(), parameters)
+    theirs = by_hand(dict(zip(names, parameters, strict=True)), x).logsumexp(-1).sum()
+    for mine, expected in zip(ours, torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+class _Made(TorchDispatchMode):
+    """Notes every tensor of a shape that is made, and knows which of them are still held."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._shape = shape
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape == self._shape:
+            self._made.append(weakref.ref(out))
+        return out
+
+    @property
+    def held(self) -> int:
+        """Storages that are alive, views counted once."""
+        alive = [tensor for ref in self._made if (tensor := ref()) is not None]
+        return len({tensor.untyped_storage().data_ptr() for tensor in alive})
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [("gated", 2), ("plain", 1)])
+def test_a_step_holds_what_goes_into_an_activation_and_not_what_comes_of_it(
+    kind: str, inputs: int
+) -> None:
+    memory, x = randomised(SHAPES[kind]), hidden(5)
+    with _Made(5, 24) as made:
+        out = memory(x)
+        assert made.held == inputs * 2  # blocks
+    assert out.requires_grad
 
 
 @pytest.mark.parametrize("kind", SHAPES)
