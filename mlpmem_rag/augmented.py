@@ -48,9 +48,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         self.generation_config = base.generation_config
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._taps: dict[int, Tap] = {}
-        self._marks: Marks | None = None
+        self._marks: tuple[PreTrainedTokenizerBase, Marks | None] | None = None
         self._encoded: tuple[tuple[str, ...], Tensor] | None = None
-        self._recalled: tuple[Tensor, Tensor] | None = None
+        self._recalled: tuple[Tensor, int | Tensor, Tensor] | None = None
 
     # What a child adds.
 
@@ -243,17 +243,20 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """Vectors of the questions that prompts ask; None where none does. *Shape:* (B, T)."""
         if self.tokenizer is None or torch.compiler.is_compiling():
             return None
-        if self._marks is None:
-            self._marks = question_marks(self.tokenizer)
-            if self._marks is None:
-                return None
-        found = [asked_question(self.tokenizer, self._marks, row) for row in token_ids.tolist()]
+        known = self._marks
+        if known is None or known[0] is not self.tokenizer:
+            self._marks = known = self.tokenizer, question_marks(self.tokenizer)
+        marks = known[1]
+        if marks is None:
+            return None
+        found = [asked_question(self.tokenizer, marks, row) for row in token_ids.tolist()]
         texts = tuple(dict.fromkeys(text for text in found if text is not None))
         if not texts:
             return None
-        if self._encoded is None or self._encoded[0] != texts:  # without a cache, every step asks
-            self._encoded = (texts, self.encode_queries(texts))
-        vectors = self._encoded[1]
+        encoded = self._encoded  # another thread may put its own there
+        if encoded is None or encoded[0] != texts:  # without a cache, every step asks
+            self._encoded = encoded = (texts, self.encode_queries(texts))
+        vectors = encoded[1]
         rows = [
             torch.zeros_like(vectors[0]) if t is None else vectors[texts.index(t)] for t in found
         ]
@@ -283,9 +286,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         if torch.compiler.is_compiling():
             return self.recall(query)
         last = self._recalled
-        if last is None or last[0] is not query:
-            self._recalled = last = (query, self.recall(query))
-        return last[1]
+        if last is None or last[0] is not query or not _holds(query, last[1]):
+            self._recalled = last = (query, _content(query), self.recall(query))
+        return last[2]
 
     def _checked(self, query_vector: Tensor, batch: int) -> Tensor:
         """The vectors, of the right shape and on the right device. *Shape:* (B, Q)."""
@@ -344,6 +347,18 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """Read the hidden states of these decoder layers from now on."""
         stack, width = decoder_layers(self.base), int(text_config(self.base).hidden_size)
         self._taps = {layer: tap_on(mlp_sublayer(stack[layer], width)) for layer in layers}
+
+
+def _content(query: Tensor) -> int | Tensor:
+    """What tells later whether a tensor has been written to: its version, else a copy."""
+    return query.clone() if query.is_inference() else query._version
+
+
+def _holds(query: Tensor, content: int | Tensor) -> bool:
+    """Whether a tensor is still what `_content` has noted."""
+    if isinstance(content, int):
+        return query._version == content
+    return torch.equal(query, content)
 
 
 def _named(logits_to_keep: int | Tensor, given: Tensor) -> int | Tensor:

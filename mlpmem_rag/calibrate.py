@@ -246,7 +246,9 @@ def unharming(weights: tuple[float, ...], other: HeldOutRows) -> tuple[float, ..
 
     if not harms(0.0):
         return weights
-    low, high = -60.0, 0.0  # at the lower end the gate is closed
+    low, high = -60.0, 0.0
+    while harms(low):  # until the gate is closed
+        low *= 2
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if harms(middle) else (middle, high)

@@ -67,7 +67,7 @@ class Halves:
         """Look at a base model whose `layer`-th layer, counted from 0, is the last to run early."""
         self._base = base
         self._layer = layer
-        self._attention = _attention(base)
+        self._parts = self._current()
 
     @property
     def usable(self) -> bool:
@@ -76,11 +76,19 @@ class Halves:
         compiled = (part._compiled_call_impl for part in (self._base, self._base.base_model))
         if any(call is not None for call in compiled):
             return False
-        if (attention := _attention(self._base)) != self._attention:
-            self._attention = attention  # set anew: other bits, so another trial
+        parts = self._current()
+        if len(parts) != len(self._parts) or any(
+            now is not then for now, then in zip(parts, self._parts, strict=True)
+        ):
+            self._parts = parts  # set anew: other bits, so another trial
             for name in ("divisible", "early", "late"):
                 self.__dict__.pop(name, None)
         return changes_nothing(self._base.generation_config) and self.divisible
+
+    def _current(self) -> list[object]:
+        """What the halves are made of: modules, and the implementation of attention."""
+        modules = self._base.base_model._modules.values()
+        return [*modules, *decoder_layers(self._base), _attention(self._base)]
 
     @cached_property
     def divisible(self) -> bool:

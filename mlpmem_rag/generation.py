@@ -260,14 +260,14 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     prompts = parts.openings.begin(
         [prompt for _, _, prompt in begun], config.pad_token_id, shared=mixes
     )
-    weight = _constant_weight(model, decoding, lambda_, query)
+    view, draft = None, []
+    if query is not None and query.shape[1] == model.query_size:
+        view = model.told(query, recall=first.question)
+    weight = _constant_weight(model, decoding, lambda_, view)
     if weight is not None and weight > 0.5 and _divides(parts):
         reading = Reading(parts.halves, prompts.cache, prompts.mask)
-        view, draft = None, []
-        if query is not None and model.query_size:
-            view = model.told(query, recall=first.question)
-            if first.question and len(begun) == 1:
-                draft = model.draft(query)[: decoding.max_new_tokens]
+        if view is not None and first.question and len(begun) == 1:
+            draft = model.draft(query)[: decoding.max_new_tokens]
         note = recorder.note if recorder else None
         generate_early(model, reading, prompts.unread, view, weight, writers, note, draft)
         return
@@ -298,24 +298,22 @@ def _recorder(generations: Sequence[Generation], query: Tensor | None) -> Record
 
 
 def _constant_weight(
-    model: MLPMemForCausalLM, decoding: Decoding, lambda_: float, query: Tensor | None
+    model: MLPMemForCausalLM, decoding: Decoding, lambda_: float, view: Tensor | None
 ) -> float | None:
-    """The memory's weight where it is the same for every token that is taken; else None."""
+    """The memory's weight where it is the same for every token that is taken; else None.
+
+    `view` is what the memory reads of each request. *Shape:* (B, Q).
+    """
     if not decoding.greedy or model._compiled_call_impl is not None:
         return None
-    if model.query_size and not _is_request(query, model.query_size):
+    if model.query_size and (view is None or not bool(view.any(-1).all())):
         return None  # `generate` looks for the question in the ids, or refuses the vectors
-    return model.constant_weight(lambda_, asked=query is not None)
+    return model.constant_weight(lambda_, asked=view is not None)
 
 
 def _divides(parts: Parts) -> bool:
     """Whether the base model can stop early for some tokens."""
     return changes_nothing(parts.model.generation_config) and parts.halves.usable
-
-
-def _is_request(query: Tensor | None, width: int) -> bool:
-    """Whether every row says what is asked. *Shape:* (B, Q)."""
-    return query is not None and query.shape[1] == width and bool(query.any(-1).all())
 
 
 def _config(parts: Parts, decoding: Decoding) -> GenerationConfig:

@@ -114,7 +114,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., W) -> (..., W)."""
-        return _recomputed(self._down, self.gate_proj(x), self.up_proj(x))
+        inputs = self.gate_proj(x), self.up_proj(x)
+        return _recomputed(self._down, *inputs) if self.training else self._down(*inputs)
 
     def _down(self, gate: Tensor, up: Tensor) -> Tensor:
         out: Tensor = self.down_proj(self.act(gate) * up)
@@ -132,7 +133,8 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., W) -> (..., W)."""
-        return _recomputed(self._down, self.up_proj(x))
+        up = self.up_proj(x)
+        return _recomputed(self._down, up) if self.training else self._down(up)
 
     def _down(self, up: Tensor) -> Tensor:
         out: Tensor = self.down_proj(self.act(up))
@@ -227,9 +229,15 @@ class Memory(nn.Module):
         """The blocks in order."""
         return (block for block in self.layers if isinstance(block, Block))
 
+    @property
+    def recalls(self) -> bool:
+        """Whether requests are taken for learned questions."""
+        return bool(self.config.num_questions and self.config.recalls)
+
     def nearest(self, query: Tensor) -> Tensor:
         """Number of the learned question that each request comes nearest to. *Shape:* -> (B,)."""
-        return (query.to(self.questions) @ self.questions.T).argmax(-1)
+        agreement = query.to(self.questions) @ self.questions.T
+        return agreement.masked_fill(agreement == 0, -torch.inf).argmax(-1)  # 0: a free place
 
     def recall(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:
         """The learned question that each request comes nearest to, as the blocks were taught it.
@@ -238,7 +246,7 @@ class Memory(nn.Module):
         not recall, takes requests as they are. `nearest` is given where it is known.
         *Shapes:* (B, Q), (B,) -> (B, Q).
         """
-        if not (self.config.num_questions and self.config.recalls):
+        if not self.recalls:
             return query
         nearest = self.nearest(query) if nearest is None else nearest
         return torch.where(query.ne(0).any(-1, keepdim=True), self.questions[nearest], 0.0)

@@ -7,6 +7,7 @@ At lambda 0 it returns the base model's output, untouched.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -71,7 +72,7 @@ class MLPMemForCausalLM(AugmentedLM):
         self.source: Source | None = None
         self._encoder: QueryEncoder | None = None
         self._found: tuple[Tensor, Tensor] | None = None
-        self._listener: Callable[[Tensor], None] | None = None
+        self._listeners: dict[int, Callable[[Tensor], None]] = {}
         self._tap_layers(config.layer)
         self.base.requires_grad_(False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -82,6 +83,8 @@ class MLPMemForCausalLM(AugmentedLM):
         parent._init_weights(module)
         if isinstance(module, Memory):
             init.copy_(module.corpus_tokens, torch.arange(module.config.vocab_size))
+            init.zeros_(module.questions)
+            init.constant_(module.drafts, -1)
 
     @property
     def query_size(self) -> int:
@@ -102,7 +105,7 @@ class MLPMemForCausalLM(AugmentedLM):
     @query_encoder.setter
     def query_encoder(self, encoder: QueryEncoder | None) -> None:
         check_encoder(encoder, encoder.name if encoder else "none", self.query_size)
-        self._encoder = encoder
+        self._encoder, self._encoded = encoder, None
 
     @property
     def encoder_source(self) -> str:
@@ -140,7 +143,7 @@ class MLPMemForCausalLM(AugmentedLM):
 
     def recall(self, query: Tensor) -> Tensor:
         """See `Memory.recall`. *Shape:* (B, Q) -> (B, Q)."""
-        if not self.memory.config.recalls or torch.compiler.is_compiling():
+        if not self.memory.recalls or torch.compiler.is_compiling():
             return self.memory.recall(query)
         nearest = self.memory.nearest(query)
         self._found = (query, nearest)
@@ -152,9 +155,10 @@ class MLPMemForCausalLM(AugmentedLM):
         Nothing where it is not known. *Shape:* (1, Q) -> at most K token ids.
         """
         self.recalled(query)
-        if self._found is None or self._found[0] is not query:
+        found = self._found  # another thread may put its own there
+        if found is None or found[0] is not query:
             return []
-        tokens: list[int] = self.memory.drafts[self._found[1][0]].tolist()
+        tokens: list[int] = self.memory.drafts[found[1][0]].tolist()
         return tokens[: tokens.index(-1)] if -1 in tokens else tokens
 
     def familiarity(self, query: Tensor) -> list[float]:
@@ -171,8 +175,10 @@ class MLPMemForCausalLM(AugmentedLM):
             None if query is None else query[:, None],
             self.config.memory_temperature,
         )
-        if self._listener is not None:
-            self._listener(memory_log_probs)
+        if self._listeners and not torch.compiler.is_compiling():
+            listener = self._listeners.get(threading.get_ident())
+            if listener is not None:
+                listener(memory_log_probs)
         asked: bool | Tensor = False
         if query is not None:
             asked = query.ne(0).any(-1, keepdim=True)  # (B, 1)
@@ -184,14 +190,15 @@ class MLPMemForCausalLM(AugmentedLM):
     def overheard(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
         """Until its end, the memory's log-probabilities go to a listener too. *Shape:* (B, T, V).
 
-        In several pieces where there are many positions.
+        Those of this thread, in several pieces where there are many positions.
         """
-        self._listener = listener
+        thread = threading.get_ident()
+        self._listeners[thread] = listener
         try:
             yield
         finally:
-            if self._listener is listener:  # the next one may be listening already
-                self._listener = None
+            if self._listeners.get(thread) is listener:  # the next one may be listening already
+                del self._listeners[thread]
 
     def constant_weight(self, lambda_: float, *, asked: bool) -> float | None:
         """The memory's weight in the mixture where it is the same for every token; else None.

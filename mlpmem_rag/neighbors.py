@@ -28,6 +28,7 @@ from mlpmem_rag.index import (
     Rows,
     Searched,
     StoredIndex,
+    centred,
     flat_index,
     key_centre,
     stretches,
@@ -101,7 +102,7 @@ class FlatSearch:
 
     def search(self, rows: Rows, k: int) -> tuple[Rows, Floats]:
         """As `Search` says; -1 where there are fewer."""
-        distances, found = self._index.search(self._datastore.keys(rows) - self._centre, k)
+        distances, found = self._index.search(centred(self._datastore, rows, self._centre), k)
         if len(self._database) == self._datastore.num_rows:  # their places are their numbers
             return found, distances
         ids = self._database[found]
@@ -158,6 +159,9 @@ def find_neighbors(
         in_a_row = last - first + 1 == len(rows)  # rows of a group ascend
         where = slice(first, last + 1) if in_a_row else rows  # four times as fast
         ids[where], distances[where] = drop_self(rows, *found, k)
+        if in_a_row:  # to the disk while the next ones are searched
+            ids.flush()
+            distances.flush()
         return len(rows)
 
     found = (partial(keep, rows, search.search(rows, k + 1)) for rows in search.groups())
@@ -185,7 +189,7 @@ def drop_self(
 ) -> tuple[Rows, npt.NDArray[np.float32]]:
     """Leave each row itself out, keep the k nearest, and verify what the search returned.
 
-    *Shapes:* (R,), (R, C), (R, C) -> (R, k), (R, k).
+    What is given may be changed. *Shapes:* (R,), (R, C), (R, C) -> (R, k), (R, k).
 
     Raises:
         MLPMemError: a distance is negative beyond rounding or not a number.
@@ -207,7 +211,6 @@ def drop_self(
     ids, kept = found[:, 1 : k + 1], distances[:, 1 : k + 1]
     others = np.flatnonzero(found[:, 0] != rows)  # rows that do not come first: ties, or not found
     if len(others):
-        ids, kept = ids.copy(), kept.copy()
         own = found[others] == rows[others, None]
         place = np.where(own.any(1), own.argmax(1), k)
         before = np.arange(k) < place[:, None]  # what comes later moves up by one

@@ -22,6 +22,8 @@ from mlpmem_rag.backbone import text_config
 from mlpmem_rag.prompts import Prompt, left_padded
 
 Layer = TypeVar("Layer")
+Form = tuple[tuple[int, ...], torch.device, torch.dtype]
+"""Tokens, and where and as what the base model computes."""
 
 KEPT = 4
 """Openings whose keys and values are kept: an application has few system messages."""
@@ -56,7 +58,7 @@ class Openings:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._kept: OrderedDict[tuple[int, ...], DynamicCache] = OrderedDict()
+        self._kept: OrderedDict[Form, DynamicCache] = OrderedDict()
 
     def begin(self, prompts: Sequence[Prompt], pad: int, *, shared: bool = True) -> Begun:
         """A batch of prompts, from where they differ if they begin alike.
@@ -99,15 +101,16 @@ class Openings:
         tokens = tuple(opening)
         if len(tokens) < SHORTEST:
             return None
-        if tokens not in self._kept:
+        form = tokens, self._base.device, self._base.dtype
+        if form not in self._kept:
             read = self._read(tokens)
             if read is None:
                 return None
-            self._kept[tokens] = read
-        self._kept.move_to_end(tokens)
+            self._kept[form] = read
+        self._kept.move_to_end(form)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        cache = continued(self._kept[tokens])
+        cache = continued(self._kept[form])
         if batch > 1:
             cache.batch_repeat_interleave(batch)
         return cache

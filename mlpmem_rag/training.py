@@ -525,8 +525,9 @@ class Stages:
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
 
     def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
-        """Keys of the questions that the memory is going to learn."""
-        kept = varied(studied.questions, questions, len(memory.questions))
+        """Keys of the questions that the memory is going to learn: of those that have rows."""
+        taught = questions[np.isin(questions, studied.rows.questions)]
+        kept = varied(studied.questions, taught, len(memory.questions))
         keys = question_keys(studied.rows, kept)
         memory.questions.zero_()
         memory.questions[: len(kept)] = torch.from_numpy(keys)

@@ -372,6 +372,13 @@ def test_a_gate_is_closed_as_far_as_other_text_needs_it() -> None:
     assert (1 - opening).log().mean().exp().item() == pytest.approx(1 / MAX_HARM, rel=1e-5)
 
 
+def test_a_gate_is_closed_however_wide_its_features_open_it() -> None:
+    rows = other_rows(p_memory=0.0)
+    weights = (0.0, 200.0, 0.0, 0.0, 0.0, -20.0)
+    opening = Gate(weights, unharming(weights, rows)).opening(rows.features, asked=False)
+    assert -(1 - opening).log().mean().item() <= math.log(MAX_HARM) + 1e-6
+
+
 @pytest.mark.parametrize("p_memory", [0.5, 0.9])
 def test_a_gate_that_does_no_harm_stays_as_it_was_fitted(p_memory: float) -> None:
     weights = (0.3, -0.2, 0.1, 0.0, 0.5, 1.0)

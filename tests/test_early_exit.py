@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mlpmem_rag.generation import Answer
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import AnswerStream, MemoryModel
 from mlpmem_rag.mixing import mix
-from mlpmem_rag.model import attach_memory
+from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
 from mlpmem_rag.prompts import prompt_ids
 from tests.conftest import save_model
 
@@ -682,3 +683,130 @@ def test_where_a_window_is_full_nothing_is_read_ahead(
     runs = runs_of(memory.model.base)
     assert memory.answer(QUESTIONS[0], max_new_tokens=6).new_tokens == 6
     assert runs.count(0) == 6
+
+
+# What changes between two requests.
+
+
+def logits_of(memory: MemoryModel, vector: Tensor) -> Tensor:
+    ids = torch.tensor([prompt_ids(memory.tokenizer, [{"role": "user", "content": QUESTIONS[0]}])])
+    out: Tensor = memory.model(input_ids=ids, query_vector=vector).logits
+    return out
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_vector_that_is_written_to_is_recalled_anew(tiny_folder: Path, inference: bool) -> None:
+    memory = recalling(tiny_folder, temperature=UNSURE, drafts=[[]])
+    first, second = torch.from_numpy(Letters().encode(QUESTIONS[:2])).split(1)
+    with torch.inference_mode(inference), torch.no_grad():
+        expected = logits_of(memory, second.clone())
+        buffer = first.clone()
+        assert not torch.equal(logits_of(memory, buffer), expected)
+        buffer.copy_(second)
+        assert torch.equal(logits_of(memory, buffer), expected)
+
+
+def test_who_listens_hears_only_the_thread_it_is_in(tiny_folder: Path) -> None:
+    memory = recalling(tiny_folder, temperature=UNSURE, drafts=[[]])
+    vector = torch.from_numpy(Letters().encode(QUESTIONS[:1]))
+    heard: list[Tensor] = []
+    with memory.model.overheard(heard.append), ThreadPoolExecutor(1) as other:
+        other.submit(logits_of, memory, vector).result()
+        assert not heard
+        logits_of(memory, vector)
+        assert len(heard) == 1
+    logits_of(memory, vector)
+    assert len(heard) == 1
+
+
+def test_another_encoder_or_template_is_not_taken_for_the_one_before(tiny_folder: Path) -> None:
+    class Backwards(Letters):
+        def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+            return super().encode(texts)[:, ::-1].copy()
+
+    model = recalling(tiny_folder, temperature=UNSURE, drafts=[[]]).model
+
+    def seen() -> list[float]:
+        assert model.tokenizer is not None
+        ids = prompt_ids(model.tokenizer, [{"role": "user", "content": QUESTIONS[0]}])
+        found = model.queries_in(torch.tensor([ids]))
+        assert found is not None
+        numbers: list[float] = found[0].tolist()
+        return numbers
+
+    letters = Letters().encode(QUESTIONS[:1])[0].tolist()
+    model.query_encoder = Letters()
+    assert seen() == letters
+    model.query_encoder = Backwards()
+    assert seen() == letters[::-1]
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    assert model.tokenizer is not None
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    )
+    assert seen() == letters[::-1]
+
+
+def test_free_places_are_no_questions(tiny_folder: Path) -> None:
+    """A request that agrees with no learned question is still recalled as one of them."""
+    memory = recalling(tiny_folder, temperature=0.3, drafts=[[]])
+    memory.model.gate = Gate(constant_weights(0.95), constant_weights(0.02))
+    asked = torch.from_numpy(Letters().encode(QUESTIONS))
+    memory.model.memory.questions.copy_(-asked)
+    memory.model.memory.questions[1] = 0
+    assert 1 not in memory.model.memory.nearest(asked)
+    for question in QUESTIONS:
+        answer = memory.answer(question, max_new_tokens=8)
+        plain = plainly(memory).answer(question, max_new_tokens=8)
+        assert answer.text == plain.text
+        assert answer.confidence == pytest.approx(plain.confidence, abs=1e-4)
+    memory.model.memory.questions.zero_()  # of none, nothing is asked
+    none = [m.answer("Why?", max_new_tokens=8).text for m in (memory, plainly(memory))]
+    assert none[0] == none[1]
+
+
+def test_an_encoder_beside_a_memory_that_reads_no_vector_changes_nothing(
+    tiny_folder: Path,
+) -> None:
+    memory = memory_on(tiny_folder, temperature=0.3, lambda_=1.0)
+    memory.model.gate = Gate(constant_weights(0.95), constant_weights(0.02))
+    memory.encoder = Letters()
+    for question in QUESTIONS:
+        answer = memory.answer(question, max_new_tokens=8)
+        assert answer.text == plainly(memory).answer(question, max_new_tokens=8).text
+
+
+def test_what_a_checkpoint_lacks_of_a_recall_is_empty(tiny_folder: Path) -> None:
+    model = recalling(tiny_folder, temperature=0.3, drafts=[[260, 261]]).model
+    weights = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in ("memory.questions", "memory.drafts")
+    }
+    loaded = MLPMemForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+    assert (loaded.memory.drafts == -1).all()
+    assert (loaded.memory.questions == 0).all()
+
+
+def test_a_memory_without_questions_takes_requests_as_they_are() -> None:
+    memory = Memory(MemoryConfig(8, 8, 1, "silu", gated=True, vocab_size=5, query_size=3))
+    told = torch.randn(2, 3)
+    assert torch.equal(memory.recall(told), told)
+    recalls = replace(memory.config, recalls=True)
+    assert torch.equal(Memory(recalls).recall(told), told)
+    assert not Memory(recalls).recalls
+
+
+def test_halves_are_of_the_modules_that_are_there(tiny_folder: Path) -> None:
+    halves = recalling(tiny_folder, temperature=0.3, drafts=[[]])._halves
+    base = halves._base
+    assert halves.usable
+    assert halves.early is halves.early
+    other = copy.deepcopy(base.get_input_embeddings())
+    base.set_input_embeddings(other)
+    assert halves.usable
+    assert halves.early._modules["embed_tokens"] is other
+    layer = copy.deepcopy(decoder_layers(base)[-1])
+    decoder_layers(base)[-1] = layer
+    assert halves.usable
+    assert halves.late._modules["layers"][-1] is layer  # type: ignore[index]

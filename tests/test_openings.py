@@ -188,3 +188,9 @@ def test_what_goes_on_from_a_cache_leaves_it_as_it_is(kind: type[DynamicLayer]) 
     assert kept.get_seq_length() == 5
     torch.testing.assert_close(one.layers[0].keys, other.layers[0].keys, rtol=0, atol=0)
     assert one.get_seq_length() == (5 if kind is WritesInPlace else 11)
+
+
+def test_an_opening_read_in_another_number_format_is_read_anew(memory: MemoryModel) -> None:
+    memory.answer(FIRST, max_new_tokens=2)
+    memory.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    assert memory.answer(SECOND, max_new_tokens=2).new_tokens == 2
