@@ -6,6 +6,8 @@ asked. All prompts begin alike, and that beginning runs through the base model o
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -26,10 +28,12 @@ from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import PooledEncoder, QueryEncoder, Vectors, encoded
 from mlpmem_rag.questions import Question
-from mlpmem_rag.storage import allocate_array, save_array
+from mlpmem_rag.storage import allocate_array, save_array, write_json
 from mlpmem_rag.windows import TokenArray
 
 BATCH_TOKENS = 2048
+BATCHES_NOTED = 64
+"""After so many it is noted how far the keys are."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,9 @@ def study_rows(
     """Ask the base model every question and note its states along the right answer.
 
     A question too long for the context window is left without rows. With a folder, keys are written
-    to a file there as they come and mapped from it, so that memory does not grow with them. The
-    processes of a team need one: they take batches by turns and write into the same file, which
-    is that of one process.
+    to a file there as they come and mapped from it, so that memory does not grow with them; a call
+    that was interrupted goes on where it last took note. The processes of a team need one: they
+    take batches by turns and write into the same file, which is that of one process.
 
     Raises:
         ConfigError: there are no questions, or there is no folder for a team.
@@ -103,7 +107,9 @@ def study_rows(
     order = [number for number in range(len(questions)) if len(runs.inputs[number]) <= room]
     counts = [len(runs.answers[number]) for number in order]
     firsts = dict(zip(order, (np.cumsum(counts) - counts).tolist(), strict=True))
-    keys = _place(folder, (sum(counts), backbone.hidden_size), team)
+    shape = sum(counts), backbone.hidden_size
+    place = None if folder is None else _Place(folder, _fingerprint(backbone, runs), team)
+    keys, before = (np.empty(shape, np.float16), 0) if place is None else place.keys(shape)
 
     def write(batch: list[int], arriving: Callable[[], Tensor]) -> int:
         states = finite(arriving().numpy())
@@ -113,15 +119,17 @@ def study_rows(
         return len(batch)
 
     mine = _batches(runs.inputs, room)[team.index :: team.count]
-    done, total = 0, sum(map(len, mine))
-    jobs = (partial(write, batch, on_host(runs.states(backbone, batch))) for batch in mine)
-    for written in behind(jobs):
+    done, total = sum(map(len, mine[:before])), sum(map(len, mine))
+    jobs = (partial(write, batch, on_host(runs.states(backbone, batch))) for batch in mine[before:])
+    for number, written in enumerate(behind(jobs), before + 1):
         done += written
+        if place is not None and number % BATCHES_NOTED == 0:
+            place.note(keys, number)
         on_progress(ProgressEvent("study", done, total, "questions"))
     team.wait()  # now the rows of all are there
     distinct = list(dict.fromkeys(question.source for question in questions))
     number_of = {source: number for number, source in enumerate(distinct)}
-    return StudyRows(
+    study = StudyRows(
         keys=keys,
         next_tokens=np.concatenate([runs.answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
@@ -133,6 +141,9 @@ def study_rows(
         ),
         sources=np.array([number_of[question.source] for question in questions], dtype=np.int32),
     )
+    if place is not None:
+        place.finish()
+    return study
 
 
 @dataclass(frozen=True)
@@ -140,11 +151,13 @@ class _Runs:
     """What the base model reads for each question.
 
     Attributes:
-        prefix: what all prompts begin with; None: nothing.
+        shared: what all prompts begin with.
+        prefix: the base model after that; None: it is nothing.
         inputs: the rest of the prompt, and the answer without its last token.
         answers: the answer.
     """
 
+    shared: list[int]
     prefix: Prefix | None
     inputs: list[TokenArray]
     answers: list[TokenArray]
@@ -177,20 +190,57 @@ def _runs(backbone: Backbone, questions: Sequence[Question]) -> _Runs:
     inputs = [
         np.concatenate([p, a])[len(shared) : -1] for p, a in zip(prompts, answers, strict=True)
     ]
-    return _Runs(backbone.prefix(shared) if shared else None, inputs, answers)
+    return _Runs(shared, backbone.prefix(shared) if shared else None, inputs, answers)
 
 
-def _place(folder: Path | None, shape: tuple[int, int], team: Team) -> npt.NDArray[np.float16]:
-    """Where keys are written: a file, which the first of a team makes for all, or memory."""
-    if folder is None:
-        return np.empty(shape, dtype=np.float16)
-    path = folder / "keys.npy"
-    if team.first:
-        keys: npt.NDArray[np.float16] = allocate_array(path, np.float16, shape)
-    team.wait()
-    if not team.first:
-        keys = np.load(path, mmap_mode="r+")
-    return keys
+class _Place:
+    """The file that keys are written to, and how far each process of a team has come there."""
+
+    def __init__(self, folder: Path, fingerprint: str, team: Team) -> None:
+        self._folder = folder
+        self._team = team
+        self._note = {"fingerprint": fingerprint, "processes": team.count}
+
+    def keys(self, shape: tuple[int, int]) -> tuple[npt.NDArray[np.float16], int]:
+        """The file, which the first of a team makes for all; batches that are there of mine."""
+        path, team = self._folder / "keys.npy", self._team
+        if team.first and not (path.is_file() and any(map(self._noted, range(team.count)))):
+            for number in range(team.count):
+                self._path(number).unlink(missing_ok=True)
+            allocate_array(path, np.float16, shape)
+        team.wait()
+        keys: npt.NDArray[np.float16] = np.load(path, mmap_mode="r+")
+        return keys, self._noted(team.index)
+
+    def note(self, keys: npt.NDArray[np.float16], batches: int) -> None:
+        """So many of my batches are there."""
+        if isinstance(keys, np.memmap):
+            keys.flush()
+        write_json(self._path(self._team.index), {**self._note, "batches": batches})
+
+    def finish(self) -> None:
+        """All is there: take my note away."""
+        self._path(self._team.index).unlink(missing_ok=True)
+
+    def _noted(self, number: int) -> int:
+        try:
+            note = json.loads(self._path(number).read_text())
+        except OSError:
+            return 0
+        batches = note.pop("batches")
+        return int(batches) if note == self._note else 0
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"progress-{number}.json"
+
+
+def _fingerprint(backbone: Backbone, runs: _Runs) -> str:
+    """What decides the keys and their order: base model, layer, number format, what is read."""
+    about = backbone.reference, backbone.layer, backbone.model.dtype, BATCH_TOKENS, runs.shared
+    digest = hashlib.sha256(f"{about}".encode())
+    for tokens in (*runs.inputs, *runs.answers):
+        digest.update(f"{len(tokens)} ".encode() + tokens.tobytes())
+    return digest.hexdigest()
 
 
 def _common_beginning(sequences: Sequence[TokenArray]) -> list[int]:

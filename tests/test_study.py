@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -67,6 +68,56 @@ def test_rows_equal_those_of_each_question_alone(
         assert rows.next_tokens[mine].tolist() == answer
         expected = expected_keys(backbone, question).numpy()
         np.testing.assert_allclose(rows.keys[mine], expected, atol=2e-3, rtol=2e-3)
+
+
+MANY = [
+    Question(
+        f"What did number {n} keep in the {'old ' * (n % 5)}mill?", f"ledger {n}", "It hung.", "a"
+    )
+    for n in range(40)
+]
+
+
+@pytest.mark.parametrize("stop", [3, 9, 25])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    monkeypatch.setattr("mlpmem_rag.study.BATCH_TOKENS", 40)
+    monkeypatch.setattr("mlpmem_rag.study.BATCHES_NOTED", 4)
+    encoder = PooledEncoder(tiny_backbone)
+    events: list[ProgressEvent] = []
+    for name in ("once", "twice", "other"):
+        (tmp_path / name).mkdir()
+    once = study_rows(
+        tiny_backbone, encoder, MANY, folder=tmp_path / "once", on_progress=events.append
+    )
+    assert len(events) > 28
+
+    def interrupt(event: ProgressEvent) -> None:
+        if event.done >= events[stop].done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study_rows(tiny_backbone, encoder, MANY, folder=tmp_path / "twice", on_progress=interrupt)
+    shutil.copytree(tmp_path / "twice", tmp_path / "other", dirs_exist_ok=True)
+    resumed: list[ProgressEvent] = []
+    twice = study_rows(
+        tiny_backbone, encoder, MANY, folder=tmp_path / "twice", on_progress=resumed.append
+    )
+    assert resumed == events[4 * ((stop + 1) // 4) :]
+    for field in fields(StudyRows):
+        np.testing.assert_array_equal(getattr(twice, field.name), getattr(once, field.name))
+
+    assert not list((tmp_path / "twice").glob("progress-*"))
+
+    # Of other questions nothing is there yet.
+    again: list[ProgressEvent] = []
+    others = MANY[1:]
+    found = study_rows(
+        tiny_backbone, encoder, others, folder=tmp_path / "other", on_progress=again.append
+    )
+    assert again[0].done < events[3].done
+    np.testing.assert_array_equal(found.keys, study_rows(tiny_backbone, encoder, others).keys)
 
 
 def test_vectors_belong_to_their_questions(tiny_backbone: Backbone) -> None:
