@@ -19,7 +19,7 @@ from benchmarks.rounds import Ratio, median_ratio, timed
 from benchmarks.setup import Setup
 from mlpmem_rag.cells import CellSearch
 from mlpmem_rag.datastore import SHARD_ROWS, Datastore
-from mlpmem_rag.index import Floats, Index, Rows, flat_index, key_centre, stretches
+from mlpmem_rag.index import Floats, Index, Rows, centred, flat_index, key_centre, stretches
 from mlpmem_rag.neighbors import drop_self, find_neighbors
 from mlpmem_rag.storage import allocate_array
 
@@ -106,7 +106,7 @@ def by_cells(cells: CellSearch, groups: list[Rows]) -> dict[int, Rows]:
 
 def by_all(flat: Index, store: Datastore, centre: Floats, rows: Rows) -> Rows:
     """Exact neighbours. *Shape:* (R,) -> (R, K)."""
-    distances, found = flat.search(store.keys(rows) - centre, K + 1)
+    distances, found = flat.search(centred(store, rows, centre), K + 1)
     return drop_self(rows, found, distances, K)[0]
 
 

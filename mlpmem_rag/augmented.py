@@ -236,6 +236,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         mixes = (self.memory_lambda if lambda_ is None else lambda_) > 0
         if query_vector is None and self.query_size and ids is not None and mixes:
             query_vector = self.queries_in(ids)
+        if query_vector is not None and query_vector.is_inference():
+            # As others are, it tells without a look at its numbers that they are still the same.
+            with torch.inference_mode(False):
+                query_vector = query_vector.clone()
         parent: Any = super()  # annotated for other classes
         return parent.generate(inputs, *args, query_vector=query_vector, **kwargs)
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.behind import behind
 from mlpmem_rag.errors import ArtifactError, BaseModelError, CorpusError
+from mlpmem_rag.notes import Notes
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.storage import allocate_array, save_array, write_json
+from mlpmem_rag.storage import allocate_array, save_array
 from mlpmem_rag.windows import Window
 
 SHARD_ROWS = 1 << 18
@@ -131,14 +132,9 @@ def build_datastore(
         "batches": len(batches),
         "content": _fingerprint(backbone, windows),
     }
-    if team.first and _batches_done(folder / STATE, expected) is None:
-        _allocate(folder, windows, rows, backbone.hidden_size)
-        write_json(folder / STATE, {**expected, "batches_done": 0})
-    team.wait()
-    finished = _batches_done(folder / STATE, expected) == len(batches)
-    mine = [] if finished else batches[team.index :: team.count]
-    note = folder / (STATE if team.count == 1 else f"part-{team.index}-of-{team.count}.json")
-    done = min(_batches_done(note, expected) or 0, len(mine))
+    notes = Notes(folder / STATE, expected, team)
+    notes.begin(partial(_allocate, folder, windows, rows, backbone.hidden_size))
+    mine, done = notes.mine(batches)
     shards = [np.load(path, mmap_mode="r+") for path in _shard_paths(folder, rows)]
     counted = [sum(windows[w].num_rows for w in batch) for batch in mine]
     own_rows, total = sum(counted[:done]), sum(counted)
@@ -146,25 +142,10 @@ def build_datastore(
     written = write_keys(backbone, windows, mine[done:], first_rows, shards)
     for number, _ in enumerate(written, start=done):
         own_rows += counted[number]
-        if number % 32 == 31:
-            _write_state(note, {**expected, "batches_done": number + 1}, shards)
+        notes.take(number + 1, shards)
         on_progress(ProgressEvent("datastore", own_rows, total, "tokens"))
-    for shard in shards:
-        _flush(shard)
-    team.wait()
-    if team.first and not finished:
-        _write_state(folder / STATE, {**expected, "batches_done": len(batches)}, shards)
-        for part in folder.glob("part-*.json"):
-            part.unlink()
-    team.wait()
+    notes.finish(shards)
     return Datastore.open(folder)
-
-
-def _batches_done(note: Path, expected: dict[str, Any]) -> int | None:
-    """What a note says of the same windows; None when it is not there or of others."""
-    state = json.loads(note.read_text()) if note.is_file() else {}
-    same = all(state.get(key) == value for key, value in expected.items())
-    return int(state["batches_done"]) if same else None
 
 
 def write_keys(
@@ -213,11 +194,14 @@ def on_host(states: Tensor) -> Callable[[], Tensor]:
     return arrived
 
 
+def key_source(backbone: Backbone) -> str:
+    """What any key depends on: base model, layer and number format."""
+    return f"{backbone.reference} {backbone.layer} {backbone.model.dtype}"
+
+
 def _fingerprint(backbone: Backbone, windows: Sequence[Window]) -> str:
-    """What decides the keys: base model, layer, number format, and every window."""
-    digest = hashlib.sha256(
-        f"{backbone.reference} {backbone.layer} {backbone.model.dtype}".encode()
-    )
+    """What decides the keys: their source and every window."""
+    digest = hashlib.sha256(key_source(backbone).encode())
     for window in windows:
         digest.update(f"{window.document} {window.start} {window.context} ".encode())
         digest.update(window.token_ids.tobytes())
@@ -295,7 +279,6 @@ def _shard_paths(folder: Path, rows: int) -> list[Path]:
 
 
 def _allocate(folder: Path, windows: Sequence[Window], rows: int, key_size: int) -> None:
-    (folder / STATE).unlink(missing_ok=True)
     for number, path in enumerate(_shard_paths(folder, rows)):
         shape = (min(SHARD_ROWS, rows - number * SHARD_ROWS), key_size)
         allocate_array(path, np.float16, shape)
@@ -316,16 +299,3 @@ def _write_rows(
         here = min(len(keys), SHARD_ROWS - offset)
         shards[shard][offset : offset + here] = keys[:here]
         first, keys = first + here, keys[here:]
-
-
-def _write_state(
-    note: Path, state: dict[str, Any], shards: Sequence[npt.NDArray[np.float16]]
-) -> None:
-    for shard in shards:
-        _flush(shard)  # rows before the note that they are there
-    write_json(note, state)
-
-
-def _flush(shard: npt.NDArray[np.float16]) -> None:
-    if isinstance(shard, np.memmap):
-        shard.flush()

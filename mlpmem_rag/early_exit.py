@@ -77,9 +77,7 @@ class Halves:
         if any(call is not None for call in compiled):
             return False
         parts = self._current()
-        if len(parts) != len(self._parts) or any(
-            now is not then for now, then in zip(parts, self._parts, strict=True)
-        ):
+        if parts != self._parts:  # modules are equal to themselves alone
             self._parts = parts  # set anew: other bits, so another trial
             for name in ("divisible", "early", "late"):
                 self.__dict__.pop(name, None)

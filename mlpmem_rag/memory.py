@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +115,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., W) -> (..., W)."""
-        inputs = self.gate_proj(x), self.up_proj(x)
-        return _recomputed(self._down, *inputs) if self.training else self._down(*inputs)
+        down = _recomputed(self._down) if self.training else self._down
+        return down(self.gate_proj(x), self.up_proj(x))
 
     def _down(self, gate: Tensor, up: Tensor) -> Tensor:
         out: Tensor = self.down_proj(self.act(gate) * up)
@@ -133,24 +134,21 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., W) -> (..., W)."""
-        up = self.up_proj(x)
-        return _recomputed(self._down, up) if self.training else self._down(up)
+        down = _recomputed(self._down) if self.training else self._down
+        return down(self.up_proj(x))
 
     def _down(self, up: Tensor) -> Tensor:
         out: Tensor = self.down_proj(self.act(up))
         return out
 
 
-def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`; for its gradient only the inputs are kept, the rest is made again.
+def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function; for its gradient only its inputs are kept, the rest is made again.
 
     The activation and its product are half of what a training step holds and take next to no time;
     torch stops before the matrix product, which the gradient does not need.
     """
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):

@@ -7,7 +7,6 @@ asked. All prompts begin alike, and that beginning runs through the base model o
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -21,19 +20,19 @@ from torch import Tensor
 
 from mlpmem_rag.backbone import Backbone, Prefix
 from mlpmem_rag.behind import behind
-from mlpmem_rag.datastore import finite, on_host
+from mlpmem_rag.datastore import finite, key_source, on_host
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.notes import Notes
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import PooledEncoder, QueryEncoder, Vectors, encoded
 from mlpmem_rag.questions import Question
-from mlpmem_rag.storage import allocate_array, save_array, write_json
+from mlpmem_rag.storage import allocate_array, save_array
 from mlpmem_rag.windows import TokenArray
 
 BATCH_TOKENS = 2048
-BATCHES_NOTED = 64
-"""After so many it is noted how far the keys are."""
+STATE = "study.json"
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,19 @@ def study_rows(
     order = [number for number in range(len(questions)) if len(runs.inputs[number]) <= room]
     counts = [len(runs.answers[number]) for number in order]
     firsts = dict(zip(order, (np.cumsum(counts) - counts).tolist(), strict=True))
+    batches = _batches(runs.inputs, room)
     shape = sum(counts), backbone.hidden_size
-    place = None if folder is None else _Place(folder, _fingerprint(backbone, runs), team)
-    keys, before = (np.empty(shape, np.float16), 0) if place is None else place.keys(shape)
+    mine: Sequence[list[int]] = batches
+    notes, before = None, 0
+    if folder is None:
+        keys = np.empty(shape, dtype=np.float16)
+    else:
+        path, content = folder / "keys.npy", _fingerprint(backbone, runs)
+        expected = {"shape": list(shape), "batches": len(batches), "content": content}
+        notes = Notes(folder / STATE, expected, team)
+        notes.begin(partial(allocate_array, path, np.float16, shape))
+        mine, before = notes.mine(batches)
+        keys = np.load(path, mmap_mode="r+")
 
     def write(batch: list[int], arriving: Callable[[], Tensor]) -> int:
         states = finite(arriving().numpy())
@@ -118,18 +127,18 @@ def study_rows(
             keys[firsts[number] : firsts[number] + len(rows)] = rows
         return len(batch)
 
-    mine = _batches(runs.inputs, room)[team.index :: team.count]
     done, total = sum(map(len, mine[:before])), sum(map(len, mine))
     jobs = (partial(write, batch, on_host(runs.states(backbone, batch))) for batch in mine[before:])
     for number, written in enumerate(behind(jobs), before + 1):
         done += written
-        if place is not None and number % BATCHES_NOTED == 0:
-            place.note(keys, number)
+        if notes is not None:
+            notes.take(number, [keys])
         on_progress(ProgressEvent("study", done, total, "questions"))
-    team.wait()  # now the rows of all are there
+    if notes is not None:
+        notes.finish([keys])
     distinct = list(dict.fromkeys(question.source for question in questions))
     number_of = {source: number for number, source in enumerate(distinct)}
-    study = StudyRows(
+    return StudyRows(
         keys=keys,
         next_tokens=np.concatenate([runs.answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
@@ -141,9 +150,6 @@ def study_rows(
         ),
         sources=np.array([number_of[question.source] for question in questions], dtype=np.int32),
     )
-    if place is not None:
-        place.finish()
-    return study
 
 
 @dataclass(frozen=True)
@@ -193,51 +199,9 @@ def _runs(backbone: Backbone, questions: Sequence[Question]) -> _Runs:
     return _Runs(shared, backbone.prefix(shared) if shared else None, inputs, answers)
 
 
-class _Place:
-    """The file that keys are written to, and how far each process of a team has come there."""
-
-    def __init__(self, folder: Path, fingerprint: str, team: Team) -> None:
-        self._folder = folder
-        self._team = team
-        self._note = {"fingerprint": fingerprint, "processes": team.count}
-
-    def keys(self, shape: tuple[int, int]) -> tuple[npt.NDArray[np.float16], int]:
-        """The file, which the first of a team makes for all; batches that are there of mine."""
-        path, team = self._folder / "keys.npy", self._team
-        if team.first and not (path.is_file() and any(map(self._noted, range(team.count)))):
-            for number in range(team.count):
-                self._path(number).unlink(missing_ok=True)
-            allocate_array(path, np.float16, shape)
-        team.wait()
-        keys: npt.NDArray[np.float16] = np.load(path, mmap_mode="r+")
-        return keys, self._noted(team.index)
-
-    def note(self, keys: npt.NDArray[np.float16], batches: int) -> None:
-        """So many of my batches are there."""
-        if isinstance(keys, np.memmap):
-            keys.flush()
-        write_json(self._path(self._team.index), {**self._note, "batches": batches})
-
-    def finish(self) -> None:
-        """All is there: take my note away."""
-        self._path(self._team.index).unlink(missing_ok=True)
-
-    def _noted(self, number: int) -> int:
-        try:
-            note = json.loads(self._path(number).read_text())
-        except OSError:
-            return 0
-        batches = note.pop("batches")
-        return int(batches) if note == self._note else 0
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"progress-{number}.json"
-
-
 def _fingerprint(backbone: Backbone, runs: _Runs) -> str:
-    """What decides the keys and their order: base model, layer, number format, what is read."""
-    about = backbone.reference, backbone.layer, backbone.model.dtype, BATCH_TOKENS, runs.shared
-    digest = hashlib.sha256(f"{about}".encode())
+    """What decides the keys and their order: their source, and what is read together."""
+    digest = hashlib.sha256(f"{key_source(backbone)} {BATCH_TOKENS} {runs.shared}".encode())
     for tokens in (*runs.inputs, *runs.answers):
         digest.update(f"{len(tokens)} ".encode() + tokens.tobytes())
     return digest.hexdigest()

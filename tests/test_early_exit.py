@@ -706,6 +706,17 @@ def test_a_vector_that_is_written_to_is_recalled_anew(tiny_folder: Path, inferen
         assert torch.equal(logits_of(memory, buffer), expected)
 
 
+def test_steps_of_a_generation_tell_their_vector_without_its_numbers(tiny_folder: Path) -> None:
+    """To look at these, every step would wait for a GPU."""
+    memory = recalling(tiny_folder, temperature=UNSURE, drafts=[[]])
+    model: Any = memory.model
+    with torch.inference_mode():
+        vector = torch.from_numpy(Letters().encode(QUESTIONS[:1])).clone()
+        assert vector.is_inference()
+        model.generate(torch.tensor([[5, 6]]), query_vector=vector, max_new_tokens=2)
+    assert isinstance(model._recalled[1], int)
+
+
 def test_who_listens_hears_only_the_thread_it_is_in(tiny_folder: Path) -> None:
     memory = recalling(tiny_folder, temperature=UNSURE, drafts=[[]])
     vector = torch.from_numpy(Letters().encode(QUESTIONS[:1]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     monkeypatch.setattr("mlpmem_rag.study.BATCH_TOKENS", 40)
-    monkeypatch.setattr("mlpmem_rag.study.BATCHES_NOTED", 4)
+    monkeypatch.setattr("mlpmem_rag.notes.EVERY", 4)
     encoder = PooledEncoder(tiny_backbone)
     events: list[ProgressEvent] = []
     for name in ("once", "twice", "other"):
@@ -108,7 +110,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     for field in fields(StudyRows):
         np.testing.assert_array_equal(getattr(twice, field.name), getattr(once, field.name))
 
-    assert not list((tmp_path / "twice").glob("progress-*"))
+    for name in ("keys.npy", "study.json"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
     # Of other questions nothing is there yet.
     again: list[ProgressEvent] = []
@@ -150,23 +153,29 @@ def test_a_team_writes_the_file_of_one_process(
     tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlpmem_rag.study.BATCH_TOKENS", 1)  # one question a batch
-    monkeypatch.setattr(Team, "wait", lambda _: None)
+    barrier = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(Team, "wait", lambda _: barrier.wait())
     expected = study_rows(tiny_backbone, CountingEncoder(), QUESTIONS)
-    events: list[ProgressEvent] = []
-    for index in range(2):
-        found = study_rows(
+    events: tuple[list[ProgressEvent], list[ProgressEvent]] = ([], [])
+
+    def study(index: int) -> StudyRows:  # two threads for two processes
+        return study_rows(
             tiny_backbone,
             CountingEncoder(),
             QUESTIONS,
             folder=tmp_path,
             team=Team(index, 2),
-            on_progress=events.append,
+            on_progress=events[index].append,
         )
-        done = np.asarray(found.keys).any(1)
-        assert done.all() == bool(index), "the first leaves rows to the second"
-    assert [(event.done, event.total) for event in events] == [(1, 2), (2, 2), (1, 1)]
-    for field in fields(StudyRows):
-        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+
+    with ThreadPoolExecutor(2) as processes:
+        both = list(processes.map(study, range(2)))
+    done = [[(event.done, event.total) for event in mine] for mine in events]
+    assert done == [[(1, 2), (2, 2)], [(1, 1)]], "the first leaves rows to the second"
+    for found in both:
+        assert np.asarray(found.keys).any(1).all()
+        for field in fields(StudyRows):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
     with pytest.raises(ConfigError, match="in a folder; give one"):
         study_rows(tiny_backbone, CountingEncoder(), QUESTIONS, team=Team(0, 2))
 
