@@ -36,32 +36,40 @@ def prefill(model: Any, ids: Tensor, **given: object) -> tuple[float, Any]:  # n
 
 
 @torch.inference_mode()
-def decode(model: Any, cache: Any, batch: int, steps: int, **given: object) -> float:  # noqa: ANN401
-    """Seconds a step."""
-    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+def decode(model: Any, cache: Any, token: Tensor, **given: object) -> tuple[float, Tensor]:  # noqa: ANN401
+    """Seconds of a step, and the next tokens. *Shape:* (B, 1) -> (B, 1)."""
     started = _now(model.device)
-    for _ in range(steps):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits
-        token = logits[:, -1:].argmax(-1)
-    return (_now(model.device) - started) / steps
+    logits = model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits
+    following = logits[:, -1:].argmax(-1)
+    return _now(model.device) - started, following
 
 
 def timed(
     models: Mapping[str, nn.Module], rounds: int, *, batch: int, prompt: int, steps: int
 ) -> tuple[Times, Times]:
-    """Seconds of prefill and of a step of each model in each round, in turns of order."""
+    """Seconds of prefill and of a step of each model in each round, in turns of order.
+
+    They take turns at every step, so that what else the machine does changes all alike.
+    """
     prefills: Times = {name: [] for name in models}
     decodes: Times = {name: [] for name in models}
     for number in range(-1, rounds):  # the first is warm-up
-        for name in list(models)[:: -1 if number % 2 else 1]:
+        order = list(models)[:: -1 if number % 2 else 1]
+        given = {name: query_given(models[name], batch) for name in order}
+        caches, tokens, took = {}, {}, dict.fromkeys(order, 0.0)
+        for name in order:
             model: Any = models[name]
             ids = torch.arange(5, 5 + prompt, device=model.device).repeat(batch, 1)
-            given = query_given(model, batch)
-            first, cache = prefill(model, ids, **given)
-            step = decode(model, cache, batch, steps, **given)
+            first, caches[name] = prefill(model, ids, **given[name])
+            tokens[name] = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
             if number >= 0:
                 prefills[name].append(first)
-                decodes[name].append(step)
+        for _ in range(steps):
+            for name in order:
+                step, tokens[name] = decode(models[name], caches[name], tokens[name], **given[name])
+                took[name] += step / steps
+        for name in order if number >= 0 else ():
+            decodes[name].append(took[name])
     return prefills, decodes
 
 

@@ -24,13 +24,15 @@ from mlpmem_rag.nearest import smallest, squared_distances
 from mlpmem_rag.storage import allocate_array
 from mlpmem_rag.torch_index import free_bytes
 
-PROBES = 112
+PROBES = 96
 """Cells that a group of queries is compared with."""
 VOTES = 64
 """Nearest cells that a query votes for."""
 GROUP_ROWS = 512
 SAMPLED = 40
 """Rows of each cell that k-means sees."""
+BLOCK_ROWS = 1024
+"""Of a product on a CPU, whose caches then hold them in float32 from the conversion on."""
 ROUNDS = 6
 SCRATCH = "cells.npy"
 """The keys in the cells' order; of no use when the search is done."""
@@ -135,17 +137,29 @@ class CellSearch:
 
         In memory that is used again: fresh pages would cost more than the products.
         """
-        cells, device = self._cells, queries.device
-        keys = self._scratch("keys", size, queries.shape[1], device)
+        out = self._scratch("distances", len(queries), size, queries.device)
+        most = size if queries.is_cuda else BLOCK_ROWS
+        done = 0
+        for block in blocks(spans, most):
+            keys, squares = self._gathered(block)
+            here = out[:, done : done + len(keys)]
+            squared_distances(queries, keys, squares, out=here)
+            done += len(keys)
+        return out
+
+    def _gathered(self, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Keys less their mean and the squares of these. *Shapes:* (M, D), (M,)."""
+        cells, device = self._cells, self._centre.device
+        size = sum(last - first for first, last in spans)
+        keys = self._scratch("keys", size, len(self._centre), device)
         squares = self._scratch("squares", 1, size, device)[0]
         done = 0
         for first, last in spans:
             here = slice(done, done + last - first)
-            keys[here].copy_(cells.keys[first:last]).sub_(self._centre)
+            keys[here].copy_(cells.keys[first:last])
             squares[here] = cells.squares[first:last]
             done += last - first
-        out = self._scratch("distances", len(queries), size, device)
-        return squared_distances(queries, keys, squares, out=out)
+        return keys.sub_(self._centre), squares
 
     def _scratch(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
         numbers = self._buffers.get(name)
@@ -153,6 +167,21 @@ class CellSearch:
             numbers = torch.empty(rows * columns * 5 // 4, device=device)
             self._buffers[name] = numbers
         return numbers[: rows * columns].view(rows, columns)
+
+
+def blocks(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Spans, cut where need be, in groups of at most so many rows."""
+    block, room = list[tuple[int, int]](), most
+    for first, last in spans:
+        while first < last:
+            end = min(last, first + room)
+            block.append((first, end))
+            first, room = end, room - (end - first)
+            if not room:
+                yield block
+                block, room = [], most
+    if block:
+        yield block
 
 
 def find_centres(datastore: Datastore, database: Rows, centre: Tensor) -> Tensor:

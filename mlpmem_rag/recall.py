@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,8 @@ Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 MAX_QUESTIONS = 65_536
 SOURCE_PART = 0.5
 """Of the sentence that answers a question, in its key (docs/experiments.md)."""
+KEYS_AT_ONCE = 8192
+"""What is made on the way to them needs more room than they do."""
 DRAFT_TOKENS = 16
 """Of an answer that are kept as a draft, its end included; few answers are longer."""
 
@@ -43,12 +44,15 @@ def question_keys(study: StudyRows, numbers: Rows | None = None) -> Vectors:
     By its key a question is recalled, and by its key the memory is taught it. Rounded to half
     precision, in which keys are stored. *Shape:* (M,), or all of them -> (M, Q).
     """
-    chosen: Any = slice(None) if numbers is None else numbers
-    sources = study.source_vectors[study.sources[chosen]]
-    keys = study.query_vectors[chosen] + SOURCE_PART * sources
-    keys /= np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
-    rounded: Vectors = keys.astype(np.float16).astype(np.float32)
-    return rounded
+    chosen = np.arange(len(study.query_vectors)) if numbers is None else numbers
+    out = np.empty((len(chosen), study.query_vectors.shape[1]), dtype=np.float32)
+    for first in range(0, len(chosen), KEYS_AT_ONCE):
+        here = chosen[first : first + KEYS_AT_ONCE]
+        sources = study.source_vectors[study.sources[here]]
+        keys = study.query_vectors[here] + SOURCE_PART * sources
+        keys /= np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
+        out[first : first + len(here)] = keys.astype(np.float16)
+    return out
 
 
 def longest_draft(study: StudyRows) -> int:

@@ -20,6 +20,7 @@ ENOUGH_STEPS = 2000
 LOOK_ALIKE = 0.22
 """Questions do when fewer of their nearest neighbours than this have the same answer."""
 SAMPLE = 512
+COMPARED_AT_ONCE = 8192
 ENDING = 0.25
 """Share of the epochs that end a self-study, with what had been held out until then."""
 CATCHING_UP = round(1 / ENDING)
@@ -36,12 +37,17 @@ def look_alike(questions: Sequence[Question], study: StudyRows) -> bool:
         return False  # no encoder: nothing is near
     asked = np.unique(study.questions)
     sample = np.random.default_rng(0).permutation(asked)[:SAMPLE]
-    similarity = study.query_vectors[sample] @ study.query_vectors[asked].T
-    similarity[sample[:, None] == asked] = -np.inf
-    nearest = asked[similarity.argmax(1)]
+    nearest, most = np.zeros(len(sample), dtype=np.int64), np.full(len(sample), -np.inf)
+    for first in range(0, len(asked), COMPARED_AT_ONCE):
+        here = asked[first : first + COMPARED_AT_ONCE]
+        similarity = study.query_vectors[sample] @ study.query_vectors[here].T
+        similarity[sample[:, None] == here] = -np.inf
+        nearer = similarity.max(1) > most
+        nearest[nearer] = here[similarity.argmax(1)][nearer]
+        most = np.maximum(most, similarity.max(1))
     same = [
         exact_match(questions[near].answer, [questions[number].answer])
-        for near, number in zip(nearest, sample, strict=True)
+        for near, number in zip(nearest.tolist(), sample.tolist(), strict=True)
     ]
     return float(np.mean(same)) < LOOK_ALIKE
 

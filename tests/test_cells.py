@@ -11,7 +11,7 @@ import torch
 
 from mlpmem_rag import cells as module
 from mlpmem_rag import neighbors
-from mlpmem_rag.cells import CellSearch, chosen_cells, num_cells
+from mlpmem_rag.cells import CellSearch, blocks, chosen_cells, num_cells
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.index import CPU, Rows, key_centre
 from mlpmem_rag.neighbors import find_neighbors
@@ -46,6 +46,16 @@ def test_looking_into_all_cells_is_exact(tmp_path: Path, store: Datastore, datab
     found = find_neighbors(store, database, tmp_path / "cells", k=20, flat_max_rows=1)
     np.testing.assert_array_equal(found.ids, exact.ids)
     np.testing.assert_allclose(found.distances, exact.distances, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 100])
+def test_spans_in_blocks(most: int) -> None:
+    spans = [(0, 3), (7, 7), (9, 14), (20, 21)]
+    found = list(blocks(spans, most))
+    rows = [row for block in found for span in block for row in range(*span)]
+    assert rows == [0, 1, 2, 9, 10, 11, 12, 13, 20]
+    sizes = [sum(last - first for first, last in block) for block in found]
+    assert sizes == [*[most] * (9 // most), *([9 % most] if 9 % most else [])]
 
 
 def test_every_row_is_in_one_group(tmp_path: Path, store: Datastore, database: Rows) -> None:

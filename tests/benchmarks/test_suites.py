@@ -198,7 +198,7 @@ def test_the_answers_suite_asks_alone_and_in_one_turn(
         check(figure)
     assert [figure.what[-1] for figure in figures] == ["1", "8"]
     # Two rounds and a warm-up of both ways, each group behind the request that holds it.
-    assert sizes == [1, 1] * (3 * 2 * 8) + [1, 8] * (3 * 2)
+    assert sizes == [1, 1] * (3 * 2 * 6) + [1, 8] * (3 * 2)
 
 
 def test_the_memory_of_another_corpus_is_as_large(setup: Setup) -> None:
