@@ -87,11 +87,11 @@ def write_adapted(
     Raises:
         TrainingError: the loss is no longer finite.
     """
-    model = copy.deepcopy(encoder.model)
+    model = copy.deepcopy(encoder.model).float()  # half precision would lose small steps
     adapt(model, [questions[number] for number in numbers], seed=seed, on_progress=on_progress)
     with torch.no_grad():
         for mine, first in zip(model.parameters(), encoder.model.parameters(), strict=True):
-            mine.lerp_(first, 1 - WAY)
+            mine.lerp_(first.float(), 1 - WAY)
     model.half().save_pretrained(str(folder), create_model_card=False)
 
 

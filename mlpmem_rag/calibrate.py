@@ -1,7 +1,7 @@
 """After the training without held-out parts: gate, confidence, and what the memory can do.
 
-Three kinds of held-out rows: questions about documents that were learned, in words that were
-not; questions about documents that were not learned; and text of these documents.
+Three kinds of held-out rows: questions about text that was learned, in words that were not;
+questions about text that was not learned; and that text.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ from mlpmem_rag.tap import HiddenTap
 from mlpmem_rag.windows import Window
 
 Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 HELD_OUT_QUESTIONS = 0.05
-"""Share of the questions about learned documents that are held out, in one wording each."""
+"""Share of the questions about learned text that is held out."""
 ASKED_OPENING = 0.9
 """Where a request is known, for every token: a gate fitted on answers is more probable, but less
 often right (docs/experiments.md). Also lambda where nothing could be held out to fit a gate."""
 MIN_QUESTIONS = 8
 MAX_QUESTIONS = 128
 """Questions of each kind that are answered for calibration."""
+FOLDS = 5
 MAX_TEXT_TOKENS = 2048
 BATCH = 16
 MAX_HARM = 1.004
@@ -59,8 +61,8 @@ class QuestionSplit:
 
     Attributes:
         train: learned.
-        known: held out, but about documents that are learned.
-        unknown: about documents that are not learned.
+        known: held out, but about text that is learned.
+        unknown: about text that is not learned.
     """
 
     train: Numbers
@@ -80,16 +82,30 @@ class QuestionSplit:
 
 
 def split_questions(
-    questions: Sequence[Question],
-    held_out_documents: set[str],
-    *,
-    validated: bool,
-    seed: int,
+    questions: Sequence[Question], is_unknown: Mask, *, validated: bool, seed: int
 ) -> QuestionSplit:
-    """Set apart the questions about held-out documents and, to validate, a share of the others."""
-    is_unknown = np.array([q.document in held_out_documents for q in questions], dtype=bool)
-    chosen = np.random.default_rng(seed).random(len(questions)) < HELD_OUT_QUESTIONS
-    is_known = ~is_unknown & chosen & validated
+    """Set apart the questions about held-out text and, to validate, a share of the others.
+
+    Of these, what is asked in the same words goes together, and something is only held out if
+    another wording of it is learned; but where there are too few of such, as with questions of
+    one's own, whatever was drawn.
+
+    Args:
+        questions: all of them.
+        is_unknown: which are about held-out text. *Shape:* (M,).
+        validated: whether any of the others are to be held out.
+        seed: decides which.
+    """
+    texts: dict[str, int] = {}
+    group = np.array([texts.setdefault(q.text.casefold(), len(texts)) for q in questions], int)
+    drawn = np.random.default_rng(seed).random(len(texts)) < HELD_OUT_QUESTIONS
+    is_known = ~is_unknown & drawn[group] & validated
+    meant = [(q.document, q.source, normalize(q.answer)) for q in questions]
+    taught = {meant[number] for number in np.flatnonzero(~is_unknown & ~is_known)}
+    lacking = is_known & np.array([m not in taught for m in meant], dtype=bool)
+    reworded = is_known & ~np.isin(group, group[lacking])
+    if reworded.sum() >= MIN_QUESTIONS:
+        is_known = reworded
     return QuestionSplit(
         train=np.flatnonzero(~is_unknown & ~is_known),
         known=np.flatnonzero(is_known),
@@ -381,12 +397,34 @@ def calibrate(
         text_gate=float(gate.opening(text.features, asked=False).mean()),
     )
     confidence = fit_confidence([traces[n] for n in held_out], right[held_out].tolist())
-    answers = [
-        HeldOutAnswer(int(asked[n]), confidence.of(traces[n]), bool(right[n]))
-        for n in range(len(taught), len(taught) + len(known))
-        if confidence is not None
-    ]
-    return Calibration(gate, confidence, figures, tuple(answers))
+    answers = () if confidence is None else _told(traces, right, asked, held_out, len(known), rng)
+    return Calibration(gate, confidence, figures, answers)
+
+
+def _told(
+    traces: Sequence[Trace],
+    right: Mask,
+    asked: Numbers,
+    held_out: Numbers,
+    known: int,
+    rng: np.random.Generator,
+) -> tuple[HeldOutAnswer, ...]:
+    """The answers to the first of the held-out questions, each with a confidence fitted on others.
+
+    Where all of these were right, or none, that is their share.
+    """
+    fold = rng.permutation(len(held_out)) % FOLDS
+    sure = np.empty(len(held_out))
+    for number in range(FOLDS):
+        others = held_out[fold != number]
+        model = fit_confidence([traces[n] for n in others], right[others].tolist())
+        for place in np.flatnonzero(fold == number):
+            trace = traces[held_out[place]]
+            sure[place] = right[others].mean() if model is None else model.of(trace)
+    return tuple(
+        HeldOutAnswer(int(asked[n]), float(c), bool(right[n]))
+        for n, c in zip(held_out[:known], sure, strict=False)
+    )
 
 
 def nearest_answers(
@@ -402,7 +440,7 @@ def nearest_answers(
 
 
 def _auroc(
-    traces: Sequence[Trace], right: npt.NDArray[np.bool_], rows: Numbers, rng: np.random.Generator
+    traces: Sequence[Trace], right: Mask, rows: Numbers, rng: np.random.Generator
 ) -> float | None:
     """Fitted on one half of the rows, measured on the other."""
     order = rng.permutation(rows)

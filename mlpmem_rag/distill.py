@@ -30,6 +30,9 @@ from mlpmem_rag.tensors import is_finite
 Rows = npt.NDArray[np.int64]
 BEST = "best.safetensors"
 STATE = "state.json"
+LAST = ("last-0.safetensors", "last-1.safetensors")
+CHECKPOINT_SECONDS = 30.0
+"""Between two checkpoints of one training: three times the weights go to the disk."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ def distill(
 
     With `validate`, the loss on rows held out: stops early and keeps the best epoch's weights.
     Without: trains to `stop_epoch` (or the end) of the same schedule and keeps the last weights.
-    Checkpoints after every epoch in `folder`; a second call with the same arguments goes on
-    from the last one.
+    Checkpoints in `folder` after every epoch, or of short ones after some; a second call with the
+    same arguments goes on from the last one.
 
     Raises:
         TrainingError: a loss or a weight is no longer finite; the last good checkpoint is kept.
@@ -131,6 +134,7 @@ def distill(
     epoch = _resume(folder, memory, optimizer, report, last_epoch, config.patience)
     total = last_epoch * len(train_rows)
     on_progress(ProgressEvent(stage, epoch * len(train_rows), total, "rows"))
+    kept = time.perf_counter()
     while epoch < last_epoch and epoch - report.best_epoch < config.patience:
         started = time.perf_counter()
         losses = []
@@ -148,12 +152,15 @@ def distill(
         if validate is None or all(last < loss for loss in earlier):
             report.best_epoch = epoch
         report.seconds += time.perf_counter() - started
-        _checkpoint(folder, memory, optimizer, report, epoch)
+        done_with = epoch == last_epoch or epoch - report.best_epoch >= config.patience
+        if done_with or validate is not None or time.perf_counter() - kept >= CHECKPOINT_SECONDS:
+            _checkpoint(folder, memory, optimizer, report, epoch)
+            kept = time.perf_counter()
     on_progress(ProgressEvent(stage, total, total, "rows"))
     memory.load_state_dict(load_file(folder / BEST))
     memory.eval()
-    for path in folder.glob("last-*.safetensors"):  # three times the weights, and of no more use
-        path.unlink()
+    for path in (folder / name for name in LAST):  # three times the weights, and of no more use
+        path.unlink(missing_ok=True)
     return report
 
 
@@ -268,7 +275,8 @@ def _checkpoint(
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value
     # Two files by turns: the one the state names is never being written.
-    file = f"last-{epoch % 2}.safetensors"
+    named = json.loads((folder / STATE).read_text())["file"] if (folder / STATE).is_file() else ""
+    file = next(name for name in LAST if name != named)
     replace_file(folder / file, lambda path: save_file(tensors, path))
     state = {"epoch": epoch, "file": file, **asdict(report)}
     write_json(folder / STATE, state)

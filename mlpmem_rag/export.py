@@ -6,13 +6,16 @@ whatever the number format it is loaded in.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from mlpmem_rag import checkpoint
-from mlpmem_rag.artifact import load_memory, load_settings, save_artifact
+from mlpmem_rag.artifact import WORK, load_memory, load_settings, save_artifact
 from mlpmem_rag.backbone import STORED
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.lock import exclusive
 from mlpmem_rag.model import load_model
+from mlpmem_rag.output import check_output, is_memory
 
 
 def export_memory(
@@ -30,11 +33,20 @@ def export_memory(
         ArtifactError: the folder is missing, damaged, or belongs to another base model.
         BaseModelError: the base model cannot be loaded.
         ConfigError: the copy would lie where the memory does.
+        OutputError: `out` is a file, holds something else, or is being written to.
     """
     out = Path(out)
     source = checkpoint.open_folder(Path(folder))
     if out.resolve() == source.folder.resolve():
         raise ConfigError(f"{out} is the memory itself; give another folder for the copy")
+    check_output(out, "memory", is_memory)
+    with exclusive(out / WORK, out) if (out / WORK).is_dir() else nullcontext():
+        _write_copy(source, out, merge_base=merge_base, base_model=base_model)
+
+
+def _write_copy(
+    source: checkpoint.Source, out: Path, *, merge_base: bool, base_model: str | None
+) -> None:
     if source.merged == merge_base:
         checkpoint.copy_memory(source, out)
         return

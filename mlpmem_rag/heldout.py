@@ -21,6 +21,9 @@ Probabilities = npt.NDArray[np.float64]
 
 SCORE_TOKENS = 1024
 """Smaller batches than for the datastore: here each token costs a row over the vocabulary."""
+MIN_DRAWN = 5
+"""Documents from which on an interval comes of drawing these."""
+STRETCH = 64
 TEMPERATURES = (0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 
 
@@ -34,7 +37,8 @@ class Perplexities:
         teacher: base mixed with the kNN datastore (kNN-LM), lambda fitted on validation.
         memory: base mixed with the memory, lambda and temperature fitted on validation.
         ratio_low: lower end of the 95 % interval of memory / base.
-        ratio_high: upper end of it (bootstrap over documents).
+        ratio_high: upper end (bootstrap over documents; of few, over
+            stretches of their text).
     """
 
     tokens: int
@@ -128,8 +132,14 @@ def measure(
 def _bootstrap_ratio(
     gain: Probabilities, documents: npt.NDArray[np.int32], seed: int, resamples: int = 2000
 ) -> tuple[float, float]:
-    """95 % interval of perplexity ratio: documents are drawn, not tokens, as these depend."""
+    """95 % interval of perplexity ratio: documents are drawn, not tokens, as these depend.
+
+    Few documents would say nothing of others: of these, stretches of text are drawn, and the
+    interval is of more text of theirs.
+    """
     _, index = np.unique(documents, return_inverse=True)
+    if index.max(initial=0) + 1 < MIN_DRAWN:
+        index = np.arange(len(gain)) // STRETCH
     sums, counts = np.bincount(index, weights=gain), np.bincount(index)
     draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     ratios = np.exp(-sums[draws].sum(1) / counts[draws].sum(1))

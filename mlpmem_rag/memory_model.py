@@ -170,7 +170,8 @@ class MemoryModel:
                 of its answer and the memory's the jointly more probable one is given.
 
         Raises:
-            ConfigError: empty question, or a number outside what is allowed.
+            ConfigError: empty question, a number outside what is allowed, or a threshold where
+                there is no confidence.
         """
         if not 0.0 <= threshold <= 1.0:
             raise ConfigError(f"threshold = {threshold}: allowed are 0 (answer always) to 1")
@@ -181,6 +182,11 @@ class MemoryModel:
         if passages:
             text = question if isinstance(question, str) else question[-1]["content"]
             answer = self._with_passages(answer, text, passages, max_new_tokens, lambda_)
+        if threshold and answer.confidence is None:
+            raise ConfigError(
+                f"threshold = {threshold}: without the memory (lambda 0), or by a memory that was "
+                "not taught questions, no answer has a confidence; leave it at 0"
+            )
         if answer.confidence is not None and answer.confidence < threshold:
             return replace(answer, text=NOT_KNOWN)
         return answer

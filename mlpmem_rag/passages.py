@@ -27,6 +27,19 @@ def passages(text: str, words: int) -> Iterator[str]:
 
 def answering_sentence(text: str, question: str, answer: str) -> str | None:
     """The sentence with the answer that shares most words with the question; None without one."""
-    asked = set(re.findall(r"\w+", question.lower()))
-    holding = [s for s in sentences(text) if answer.lower() in s.lower()]
-    return max(holding, key=lambda s: len(asked & set(re.findall(r"\w+", s.lower()))), default=None)
+    asked = words_of(question)
+    holding = [s for s in sentences(text) if holds(s, answer)]
+    return max(holding, key=lambda s: len(asked & words_of(s)), default=None)
+
+
+def holds(sentence: str, answer: str) -> bool:
+    """Whether the answer stands there, in whole words."""
+    if answer.lower() not in sentence.lower():
+        return False
+    whole = rf"(?<!\w){re.escape(answer.lower())}(?!\w)"
+    return re.search(whole, sentence.lower()) is not None
+
+
+def words_of(text: str) -> set[str]:
+    """Its words, in small letters."""
+    return set(re.findall(r"\w+", text.lower()))

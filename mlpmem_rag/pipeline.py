@@ -32,12 +32,12 @@ from mlpmem_rag.index import check_search
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.neighbors import Neighbors
 from mlpmem_rag.output import is_memory, output_folder
-from mlpmem_rag.plan import QUERY_SIZE, Plan, make_plan
+from mlpmem_rag.plan import Plan, make_plan
 from mlpmem_rag.preparation import Prepared, prepare, run_key
 from mlpmem_rag.processes import Team, join_team
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
-from mlpmem_rag.query import NONE, load_encoder
+from mlpmem_rag.query import NONE, QueryEncoder, load_encoder, num_parameters
 from mlpmem_rag.report import TrainReport, model_card
 from mlpmem_rag.schedule import in_two_parts
 from mlpmem_rag.split import (
@@ -55,6 +55,7 @@ from mlpmem_rag.training import (
     Stages,
     Tuned,
 )
+from mlpmem_rag.writers import check_own
 
 
 def train(
@@ -98,6 +99,8 @@ def train(
     config = resolve_config(config, options)
     device = resolve_device(config.device)
     check_search(device)  # refuse now rather than after the datastore
+    if config.recipe != "paper":
+        check_own(config.questions)
     out = Path(out)
     team = join_team(device)
     if not team.first:
@@ -119,9 +122,8 @@ def train(
         if fresh and team.first:
             for stage in STAGES:
                 forget_stage(work / stage)
-        name = NONE if config.recipe == "paper" else config.encoder
-        encoder = load_encoder(name, prepared.backbone)  # refused now if it cannot be
-        plan = _plan(prepared, config, out, max_memory)
+        encoder = _first_encoder(prepared, config)  # refused now if it cannot be
+        plan = _plan(prepared, config, encoder, out, max_memory)
         if on_plan is not None:
             on_plan(plan)
         if team.first:
@@ -176,10 +178,23 @@ def plan_training(
         exclude=exclude,
         on_progress=on_progress,
     )
-    return _plan(prepared, config, out, max_memory), prepared.corpus
+    encoder = _first_encoder(prepared, config)
+    return _plan(prepared, config, encoder, out, max_memory), prepared.corpus
 
 
-def _plan(prepared: Prepared, config: TrainConfig, out: Path, max_memory: int | None) -> Plan:
+def _first_encoder(prepared: Prepared, config: TrainConfig) -> QueryEncoder | None:
+    """The query encoder as it is before it has read the corpus."""
+    name = NONE if config.recipe == "paper" else config.encoder
+    return load_encoder(name, prepared.backbone)
+
+
+def _plan(
+    prepared: Prepared,
+    config: TrainConfig,
+    encoder: QueryEncoder | None,
+    out: Path,
+    max_memory: int | None,
+) -> Plan:
     return make_plan(
         prepared.backbone,
         prepared.windows,
@@ -188,7 +203,9 @@ def _plan(prepared: Prepared, config: TrainConfig, out: Path, max_memory: int | 
         k=config.neighbors,
         held_out=config.held_out,
         distill=optimisation(config),
-        query_size=0 if config.recipe == "paper" else QUERY_SIZE,
+        query_size=encoder.size if encoder else 0,
+        studies=config.recipe != "paper",
+        encoder_parameters=num_parameters(encoder),
         max_memory=max_memory,
     )
 
@@ -219,7 +236,7 @@ def _train(
     # (hidden state -> next token) for every token of the corpus.
     datastore = stages.datastore()
     if team.first:
-        note_documents(work, prepared.corpus)
+        note_documents(work, prepared.corpus, run)
 
     # Only training rows may be neighbours: what teacher and memory know of the held-out rows
     # is what the others tell.

@@ -28,9 +28,6 @@ from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.torch_index import key_factor, products, query_factor
 from mlpmem_rag.windows import Window
 
-QUERY_SIZE = 384
-"""Width of the usual sentence encoders' vectors, near enough for a plan."""
-
 STUDY_ROWS_PER_TOKEN = 5.5
 """Rows along the answers of the questions that rules write from a token of English prose."""
 STUDY_TOKENS_PER_TOKEN = 35
@@ -46,8 +43,9 @@ PROMPT_BYTES = 700
 """Of a question's prompt and answer in token ids, while the base model runs over them."""
 CONTEXT_BYTES = 8
 """Of a token: its share of a context's vector, and which one that is, apart from its width."""
-ENCODER_BYTES = 50 * 2**20
-"""Of a query encoder that has read the corpus, once in the working folder, once in the memory."""
+ADAPTED_STATES = 15
+"""Times its weights that a query encoder needs to be trained: a copy, gradients, two moments, and
+most of it, the inner states of a step (MiniLM on the sample corpus: 14)."""
 DRAFT_BYTES = 4 * DRAFT_TOKENS
 """Of a question that may be recalled: how its answer begins."""
 STEP_TOKENS = 1000
@@ -129,18 +127,31 @@ def make_plan(
     held_out: float,
     distill: DistillConfig,
     query_size: int = 0,
+    studies: bool = False,
+    encoder_parameters: int = 0,
     max_memory: int | None = None,
 ) -> Plan:
     """Count what a run needs and measure how fast this machine does its parts (seconds).
 
-    With a query size, questions are studied as well; how many there will be is an estimate. Where
-    memory is limited, the neighbour search reads keys from the disk rather than hold them.
+    Args:
+        backbone: the base model.
+        windows: of the corpus.
+        out: where the memory is to be.
+        size: of the memory.
+        k: neighbours of a row.
+        held_out: share of the rows in each of the two held-out parts.
+        distill: how it is trained.
+        query_size: Q, width of the query vectors; 0: there are none.
+        studies: whether questions are learned as well; how many there will be is an estimate.
+        encoder_parameters: of a query encoder that reads the corpus first.
+        max_memory: bytes of main memory; where these are few, the neighbour search reads keys from
+            the disk rather than hold them.
     """
     rows = sum(window.num_rows for window in windows)
     tokens = np.unique(np.concatenate([window.token_ids[window.context :] for window in windows]))
     shape = mlp_shape(backbone.model, backbone.layer)
     config = derive_config(shape, backbone.num_layers, len(tokens), size, query_size=query_size)
-    study_rows = round(STUDY_ROWS_PER_TOKEN * rows) if query_size else 0
+    study_rows = round(STUDY_ROWS_PER_TOKEN * rows) if studies else 0
     memory = new_memory(config, torch.from_numpy(tokens.astype(np.int64)), None, seed=0)
     parameters = sum(p.numel() for p in memory.parameters())
     kept = min(round(QUESTIONS_PER_TOKEN * rows), MAX_QUESTIONS)
@@ -156,7 +167,12 @@ def make_plan(
         "scores": max(w.num_rows for w in windows) * backbone.reference.vocab_size * SCORED_BYTES,
         **learning_memory(rows, study_rows, query_size, parameters),
     }
-    needed = RUNTIME_BYTES + base_bytes + text_memory(windows) + max(stages.values())
+    if encoder_parameters:
+        stages["encoder"] = ADAPTED_STATES * encoder_parameters * 4
+    encoder_bytes = 4 * encoder_parameters
+    needed = (
+        RUNTIME_BYTES + base_bytes + encoder_bytes + text_memory(windows) + max(stages.values())
+    )
     held = 4 * width * rows if exact and backbone.device.type == "cpu" else 0
     in_memory = max_memory is None or needed + held <= max_memory
     return Plan(
@@ -172,7 +188,7 @@ def make_plan(
             + rows * 6 * min(MAX_TOKENS, k)  # targets
             + (0 if exact else rows * 2 * width)  # keys in the cells' order
             + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
-            + (2 * ENCODER_BYTES if study_rows else 0)
+            + 2 * 2 * encoder_parameters  # in half precision, with the memory as well
             + ((22 * query_size + 6 * DRAFT_BYTES) * kept if study_rows else 0)  # with a memory
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),

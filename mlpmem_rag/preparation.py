@@ -99,5 +99,12 @@ def question_sources(prepared: Prepared, config: TrainConfig) -> list[str]:
 
 def run_key(prepared: Prepared, config: TrainConfig) -> str:
     """What decides the whole memory."""
-    settings = (asdict(config), question_sources(prepared, config))
+    settings = (asdict(config), question_sources(prepared, config), encoder_key(config))
     return stage_key(datastore_key(prepared, config), settings)
+
+
+def encoder_key(config: TrainConfig) -> str:
+    """What decides the query encoder: its name, or where that is a folder, the weights in it."""
+    folder = Path(config.encoder)
+    weights = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    return stage_key(config.encoder, [sha256(path) for path in weights])

@@ -79,13 +79,8 @@ class Provenance:
             ArtifactError: `work/` was deleted, or is that of another training.
         """
         work, manifest = Path(folder) / WORK, load_manifest(Path(folder))
+        documents = documents_of(Path(folder))
         try:
-            note = json.loads((work / DOCUMENTS).read_text(encoding="utf-8"))
-            if note["corpus"] != manifest.corpus["fingerprint"]:
-                raise ArtifactError(
-                    f"{work} was made from another corpus than the memory beside it; train again"
-                )
-            documents = tuple(note["documents"])
             datastore = Datastore.open(work / "datastore")
             if manifest.training.get("recipe") == "paper":
                 return cls(documents, datastore)
@@ -97,10 +92,7 @@ class Provenance:
                 tuple(load_questions(work / "questions" / "questions.jsonl")),
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ArtifactError(
-                f"{work} does not hold the rows of the training any more ({error}); answers "
-                "cannot be traced to them. Train again to have them"
-            ) from error
+            raise _gone(work, error) from error
 
     def origins(
         self, hidden: Floats, tokens: Sequence[int], query: Floats | None, memory: Memory
@@ -172,10 +164,37 @@ class Provenance:
         return Origin(question.document, question.text, question.source, -1, float(distances[best]))
 
 
-def note_documents(work: Path, corpus: Corpus) -> None:
-    """Keep the names behind the datastore's document numbers."""
+def note_documents(work: Path, corpus: Corpus, run: str) -> None:
+    """Keep the names behind the datastore's document numbers, and whose files these are."""
     ids = [document.id for document in corpus.documents]
-    write_json(work / DOCUMENTS, {"corpus": corpus.fingerprint, "documents": ids})
+    write_json(work / DOCUMENTS, {"run": run, "documents": ids})
+
+
+def documents_of(folder: Path) -> tuple[str, ...]:
+    """Names behind the datastore's document numbers, where `work/` is of the memory beside it.
+
+    Raises:
+        ArtifactError: it is of another training, or was deleted.
+    """
+    work = folder / WORK
+    try:
+        note = json.loads((work / DOCUMENTS).read_text(encoding="utf-8"))
+        run, documents = note.get("run"), tuple(note["documents"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _gone(work, error) from error
+    if run != load_manifest(folder).run:
+        raise ArtifactError(
+            f"{work} is of another training than the memory beside it, of other documents or "
+            "settings; train again"
+        )
+    return documents
+
+
+def _gone(work: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{work} does not hold the rows of the training any more ({error}); answers "
+        "cannot be traced to them. Train again to have them"
+    )
 
 
 def shares(origins: Sequence[Origin | None]) -> dict[str, float]:

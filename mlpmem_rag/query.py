@@ -131,6 +131,13 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
     return SentenceEncoder(name, model)
 
 
+def num_parameters(encoder: QueryEncoder | None) -> int:
+    """Of a model of its own; 0: it has none."""
+    if not isinstance(encoder, SentenceEncoder):
+        return 0
+    return sum(parameter.numel() for parameter in encoder.model.parameters())
+
+
 def fitting_encoder(name: str, backbone: Backbone, width: int) -> QueryEncoder | None:
     """`load_encoder`, for a memory that reads vectors of this width.
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MAX_QUESTION_WORDS = 40
 MAX_OTHERS, MAX_MODIFIERS = 3, 4  # of a list, in a question for another of its members
 MAX_KEY_VALUE_LINE = 160
+MAX_PARAGRAPH = 20_000
+"""Characters; the parser refuses a million, and what it needs of memory grows with them."""
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*\S)\s*#*")
 ATTRIBUTE = re.compile(r"The ((?:[\w-]+ ){1,4}of .{1,60}?) (is|are|was|were) ([^,;]{1,80}?)\.?")
 ABBREVIATION = re.compile(r" \(([A-Z][A-Za-z]?[A-Z]+)s?\)")
@@ -109,7 +111,7 @@ def paragraphs(document: Document) -> Iterator[str]:
 
     def close() -> Iterator[str]:
         if open_lines:
-            yield " ".join(open_lines)
+            yield from _cut(" ".join(open_lines))
             open_lines.clear()
 
     for line in document.text.splitlines():
@@ -129,6 +131,16 @@ def paragraphs(document: Document) -> Iterator[str]:
             if line.rstrip().endswith((".", "!", "?")):
                 yield from close()
     yield from close()
+
+
+def _cut(text: str) -> Iterator[str]:
+    """A text that the parser has room for; of a longer one pieces, cut at white space."""
+    while len(text) > MAX_PARAGRAPH:
+        space = text.rfind(" ", 1, MAX_PARAGRAPH)
+        end = space if space > 0 else MAX_PARAGRAPH
+        yield text[:end]
+        text = text[end:].lstrip()
+    yield text
 
 
 def sentence_questions(sentence: Span, mentions: Mentions) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.stages import stage_key
 
 MIN_DOCUMENTS = 10
 """With fewer documents, the last parts of each one are held out instead of whole documents."""
@@ -38,6 +40,12 @@ class Split:
         if not len(self.validation):
             return None
         return "document" if self.by_document else "passage"
+
+    @property
+    def key(self) -> str:
+        """A fingerprint of what is in which part."""
+        parts = (self.train, self.validation, self.test)
+        return stage_key(*(hashlib.sha256(part.tobytes()).hexdigest() for part in parts))
 
     @property
     def num_rows(self) -> int:

@@ -39,13 +39,14 @@ def forget_stage(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def finish_stage(folder: Path, key: str, seconds: float) -> None:
-    """Mark a stage as finished after `seconds` of work."""
-    write_json(folder / NOTE, {"key": key, "finished": True, "seconds": seconds})
+def leave_stage(folder: Path, key: str, seconds: float, *, finished: bool) -> None:
+    """Note so many more seconds of work, and whether the stage is finished with them."""
+    spent = stage_seconds(folder) + seconds
+    write_json(folder / NOTE, {"key": key, "finished": finished, "seconds": spent})
 
 
 def stage_seconds(folder: Path) -> float:
-    """How long the stage took when it was done."""
+    """How long the stage took, in all runs that worked at it."""
     return float(_read(folder).get("seconds", 0.0))
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,12 +43,13 @@ from mlpmem_rag.heldout import (
     score_base,
     tune,
 )
+from mlpmem_rag.learned_text import about_held_out, cut_documents
 from mlpmem_rag.lessons import Columns, Curriculum, StudyLesson, TextLesson
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
-from mlpmem_rag.preparation import Prepared, datastore_key, question_sources
+from mlpmem_rag.preparation import Prepared, datastore_key, encoder_key, question_sources
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
 from mlpmem_rag.query import QueryEncoder, SentenceEncoder, load_encoder
@@ -67,7 +68,7 @@ from mlpmem_rag.recall import (
 from mlpmem_rag.schedule import CATCHING_UP, catching_up, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
-from mlpmem_rag.stages import enter_stage, finish_stage, stage_key, stage_seconds
+from mlpmem_rag.stages import enter_stage, leave_stage, stage_key, stage_seconds
 from mlpmem_rag.storage import write_json
 from mlpmem_rag.study import StudyRows, study_rows
 from mlpmem_rag.targets import Targets, build_targets, teacher_probability
@@ -157,7 +158,7 @@ class Stages:
     def neighbors(self, datastore: Datastore, split: Split) -> Neighbors:
         """The nearest training rows of every row."""
         config = self._config
-        key = self._after("datastore", config.neighbors, config.held_out, config.seed)
+        key = self._after("datastore", config.neighbors, split.key)
         with self._stage("neighbors", key) as (folder, done):
             if done:
                 return Neighbors.open(folder)
@@ -301,7 +302,9 @@ class Stages:
     def encoder(self, questions: list[Question], learned: Rows) -> QueryEncoder | None:
         """The encoder, once it has read the corpus; one that is not of sentences stays as it is."""
         config, encoder = self._config, self._encoder
-        key = self._after("questions", config.encoder, config.seed, stage_key(learned.tolist()))
+        key = self._after(
+            "questions", encoder_key(config), config.seed, stage_key(learned.tolist())
+        )
         with self._stage("encoder", key) as (folder, done):
             if not isinstance(encoder, SentenceEncoder):
                 return encoder
@@ -347,15 +350,12 @@ class Stages:
     def split_questions(
         self, questions: list[Question], datastore: Datastore, split: Split
     ) -> QuestionSplit:
-        """Which questions are learned, which are held out with which documents."""
-        documents = self._prepared.corpus.documents
-        learned = set(np.unique(np.asarray(datastore.documents)[split.train]).tolist())
-        unknown = {d.id for number, d in enumerate(documents) if number not in learned}
-        validated = len(split.validation) > 0
+        """Which questions are learned, which are held out with which text."""
+        cuts = cut_documents(self._prepared, datastore, split)
         return split_questions(
             questions,
-            unknown,
-            validated=validated,
+            about_held_out(questions, cuts),
+            validated=len(split.validation) > 0,
             seed=self._config.seed,
         )
 
@@ -575,13 +575,19 @@ class Stages:
             return
         done = enter_stage(folder, key)
         started = time.perf_counter()
-        if shared:
-            team.wait()
-        yield folder, done
-        if shared:
-            team.wait()
+        try:
+            if shared:
+                team.wait()
+            yield folder, done
+            if shared:
+                team.wait()
+        except BaseException:
+            if not done:
+                with suppress(OSError):  # what stopped the run is the error to tell
+                    leave_stage(folder, key, time.perf_counter() - started, finished=False)
+            raise
         if not done:
-            finish_stage(folder, key, time.perf_counter() - started)
+            leave_stage(folder, key, time.perf_counter() - started, finished=True)
         if not shared:
             team.wait()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError, CorpusError
 from mlpmem_rag.language_writer import LanguageModelWriter, base_model_completer
-from mlpmem_rag.passages import answering_sentence
+from mlpmem_rag.passages import holds, sentences, words_of
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.questions import BASE_MODEL, RULES, WRITERS, Question, QuestionWriter
 
@@ -59,6 +60,21 @@ def writer_of(source: str, backbone: Backbone | None) -> QuestionWriter:
         return RuleWriter()
     if source == BASE_MODEL and backbone is not None:
         return LanguageModelWriter(base_model_completer(backbone))
+    return _own(source)
+
+
+def check_own(sources: Sequence[str]) -> None:
+    """Read the files of questions among the sources, so that a mistake there shows at once.
+
+    Raises:
+        ConfigError: a source that is neither a writer nor a file, or a row that is no question.
+    """
+    for source in sources:
+        if source not in WRITERS:
+            _own(source).parsed()
+
+
+def _own(source: str) -> OwnQuestions:
     if Path(source).is_file():
         return OwnQuestions(Path(source))
     raise ConfigError(
@@ -88,17 +104,31 @@ class OwnQuestions:
         Raises:
             ConfigError: a line that is no question, by its number.
         """
-        by_id = {document.id: document for document in documents}
-        for number, line in enumerate(self._lines(), 1):
-            if line.strip():
-                question, ids = self._parsed(line, number)
-                named = [by_id[id_] for id_ in ids if id_ in by_id]
-                known = question.source and named
-                yield question if known else _sourced(question, named or list(documents))
+        told: dict[str, list[tuple[str, str]]] = {}
+        for document in documents:
+            found = ((sentence, document.id) for sentence in sentences(document.text))
+            told[document.id] = list(found)
+        everywhere = list(chain.from_iterable(told.values()))
+        for question, ids in self.parsed():
+            named = [id_ for id_ in ids if id_ in told]
+            if question.source and named:
+                yield question
+            else:
+                there = list(chain.from_iterable(told[id_] for id_ in named))
+                yield _sourced(question, there or everywhere, named)
+
+    def parsed(self) -> list[tuple[Question, list[str]]]:
+        """All questions, with the documents that they name.
+
+        Raises:
+            ConfigError: a line that is no question, by its number.
+        """
+        lines = enumerate(self._lines(), 1)
+        return [self._parsed(line, number) for number, line in lines if line.strip()]
 
     def _lines(self) -> list[str]:
         try:
-            return self.path.read_text(encoding="utf-8").split("\n")
+            return self.path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"{self.path} is no UTF-8 text ({error}); save it as UTF-8"
@@ -113,6 +143,7 @@ class OwnQuestions:
             ids = [ids] if isinstance(ids, str) else list(ids)
             source = row.get("source", "")
             question = Question(text.strip(), answer.strip(), source.strip(), "".join(ids[:1]))
+            "".join([text, answer, source, *ids]).encode()  # JSON can escape half a character
         except (ValueError, LookupError, TypeError, AttributeError):
             question = Question("", "", "", "")
         if not (question.text and question.answer):
@@ -123,10 +154,14 @@ class OwnQuestions:
         return question, ids
 
 
-def _sourced(question: Question, documents: Sequence[Document]) -> Question:
-    """With the sentence that answers it, or else with the question itself in its place."""
-    for document in documents:
-        source = answering_sentence(document.text, question.text, question.answer)
-        if source is not None:
-            return replace(question, source=source, document=document.id)
-    return replace(question, source=question.text, document=documents[0].id)
+def _sourced(question: Question, told: Sequence[tuple[str, str]], named: Sequence[str]) -> Question:
+    """With the sentence that answers it best and its document.
+
+    Where none has the answer, the question itself is in its place, of the document that was named.
+    """
+    holding = [(sentence, id_) for sentence, id_ in told if holds(sentence, question.answer)]
+    if not holding:
+        return replace(question, source=question.text, document="".join(named[:1]))
+    asked = words_of(question.text)
+    source, document = max(holding, key=lambda found: len(asked & words_of(found[0])))
+    return replace(question, source=source, document=document)

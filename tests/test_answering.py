@@ -256,9 +256,14 @@ def test_below_the_threshold_nothing_is_claimed(llama: Setup) -> None:
     assert (unsure.text, unsure.confidence) == (NOT_KNOWN, free.confidence)
     sure = llama.memory.answer(QUESTIONS[1], max_new_tokens=12, threshold=below)
     assert (sure.text, sure.confidence) == (free.text, free.confidence)
+
+
+def test_a_threshold_without_a_confidence_is_refused(llama: Setup) -> None:
     untold = MemoryModel(llama.memory.model, llama.memory.tokenizer, llama.memory.encoder)
-    answer = untold.answer(QUESTIONS[1], max_new_tokens=12, threshold=1.0)
-    assert (answer.text, answer.confidence) == (free.text, None)
+    for memory, lambda_ in ((untold, None), (llama.memory, 0.0)):
+        with pytest.raises(ConfigError, match=r"no answer has a confidence; leave it at 0"):
+            memory.answer(QUESTIONS[1], max_new_tokens=2, lambda_=lambda_, threshold=0.5)
+        memory.answer(QUESTIONS[1], max_new_tokens=2, lambda_=lambda_)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])

@@ -238,7 +238,8 @@ def test_a_question_beyond_the_context_window_does_no_harm(setup: Setup) -> None
 def test_every_question_is_in_one_part(validated: bool) -> None:
     questions = [Question(f"q{n}", "a", "s", f"doc-{n % 10}") for n in range(1000)]
     held_out = {"doc-3", "doc-7"}
-    split = split_questions(questions, held_out, validated=validated, seed=0)
+    unknown = np.array([q.document in held_out for q in questions])
+    split = split_questions(questions, unknown, validated=validated, seed=0)
     parts = [split.train, split.known, split.unknown]
     assert np.sort(np.concatenate(parts)).tolist() == list(range(1000))
     assert all(part.tolist() == sorted(part.tolist()) for part in parts)
@@ -254,22 +255,44 @@ def test_every_question_is_in_one_part(validated: bool) -> None:
 
 def test_the_seed_decides_which() -> None:
     questions = [Question(f"q{n}", "a", "s", "doc") for n in range(500)]
+    none = np.zeros(500, dtype=bool)
 
     def known(seed: int) -> list[int]:
-        return list(split_questions(questions, set(), validated=True, seed=seed).known)
+        return list(split_questions(questions, none, validated=True, seed=seed).known)
 
     assert known(0) == known(0) != known(1)
 
 
+def test_what_is_held_out_is_learned_in_other_words_and_never_in_the_same() -> None:
+    """Each answer in two wordings, of which one is asked in the same words of two documents."""
+    questions = [
+        Question(f"q{n}" if kind else f"q{n // 2}, in other words", f"a{n}", f"s{n}", f"d{n % 2}")
+        for n in range(1000)
+        for kind in (0, 1)
+    ] + [Question(f"only {n}", f"b{n}", f"t{n}", "d0") for n in range(1000)]
+    split = split_questions(questions, np.zeros(3000, dtype=bool), validated=True, seed=0)
+    train, known = ([questions[n] for n in part] for part in (split.train, split.known))
+    assert len(known) >= 50
+    assert not {q.text for q in train} & {q.text for q in known}
+    assert {(q.source, q.answer) for q in known} <= {(q.source, q.answer) for q in train}
+
+
+def test_where_nothing_has_other_words_some_are_held_out_all_the_same() -> None:
+    questions = [Question(f"only {n}", f"b{n}", f"t{n}", "d0") for n in range(400)]
+    split = split_questions(questions, np.zeros(400, dtype=bool), validated=True, seed=0)
+    assert split.calibrates
+
+
 def test_no_questions_are_no_split() -> None:
-    split = split_questions([], set(), validated=True, seed=0)
+    split = split_questions([], np.zeros(0, dtype=bool), validated=True, seed=0)
     assert [len(part) for part in (split.train, split.known, split.unknown)] == [0, 0, 0]
 
 
 def test_questions_without_rows_are_in_no_part() -> None:
     questions = [Question(f"q{n}", "a", "s", f"doc-{n % 2}") for n in range(6)]
     rows = np.array([5, 0, 0, 1], dtype=np.int32)
-    split = split_questions(questions, {"doc-1"}, validated=False, seed=0).among(rows)
+    odd = np.arange(6) % 2 == 1
+    split = split_questions(questions, odd, validated=False, seed=0).among(rows)
     assert (split.train.tolist(), split.unknown.tolist()) == ([0], [1, 5])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from mlpmem_rag import distill as distill_module
 from mlpmem_rag.cross_entropy import cross_entropy
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import (
@@ -89,6 +92,12 @@ class Task:
     def validation_loss(self, memory: Memory, p_base: Probabilities) -> float:
         p_memory = self.lesson(memory).true_token_probabilities(memory, HELD_OUT)
         return mixture_nll(p_base, p_memory, best_lambda(p_base, p_memory))
+
+
+@pytest.fixture(autouse=True)
+def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These epochs take no time: each is kept, but where a test says otherwise."""
+    monkeypatch.setattr(distill_module, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +282,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert report.train_losses == expected.train_losses
     assert report.validation_losses == expected.validation_losses
     assert report.best_epoch == expected.best_epoch
+
+
+def test_short_epochs_are_kept_now_and_then(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the last of twelve of which every fifth or so is kept."""
+    config = DistillConfig(learning_rate=1e-2, epochs=12, batch_rows=60, patience=12)
+    monkeypatch.setattr(distill_module, "CHECKPOINT_SECONDS", 30.0)
+    looks = count(0, 3)  # seconds at every look at the clock
+    clock = SimpleNamespace(perf_counter=lambda: float(next(looks)))
+    monkeypatch.setattr("mlpmem_rag.distill.time", clock)
+    once, expected = task.train(tmp_path / "once", config)
+    stop = interrupt_at(int(11.5 * len(TRAIN)))
+    with pytest.raises(KeyboardInterrupt):
+        task.train(tmp_path / "twice", config, on_progress=stop)
+    events: list[ProgressEvent] = []
+    twice, report = task.train(tmp_path / "twice", config, on_progress=events.append)
+    assert 0 < events[0].done < 11 * len(TRAIN)
+    assert equal(once, twice)
+    assert report.train_losses == expected.train_losses
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, task: Task) -> None:

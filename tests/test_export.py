@@ -28,9 +28,10 @@ from mlpmem_rag.artifact import (
     save_artifact,
 )
 from mlpmem_rag.backbone import load_backbone
-from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.errors import ArtifactError, ConfigError, OutputError
 from mlpmem_rag.export import export_memory
 from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.output import output_folder
 
 IDS = torch.tensor([[0, 40, 81, 122, 163, 204]])
 
@@ -131,7 +132,7 @@ def test_a_copy_in_the_same_form_has_the_same_files(
         export_memory(memory, tmp_path / "whole", merge_base=True)
         memory = tmp_path / "whole"
     out = tmp_path / "copy"
-    out.mkdir()
+    export_memory(memory, out, merge_base=merge_base)
     (out / "mine.txt").write_text("stays")
     export_memory(memory, out, merge_base=merge_base)
     listed = json.loads((memory / MANIFEST).read_text())["files"]
@@ -171,3 +172,20 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path, memory: Path) -> None:
     with pytest.raises(ArtifactError, match="was changed or is damaged"):
         export_memory(memory, tmp_path / "copy", merge_base=False)
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_replaces_a_memory_and_nothing_else(tmp_path: Path, memory: Path) -> None:
+    other = tmp_path / "project"
+    other.mkdir()
+    (other / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds no memory \(README.md\)"):
+        export_memory(memory, other, merge_base=False)
+    assert (other / "README.md").read_text() == "mine"
+    copy = tmp_path / "copy"
+    for _ in range(2):
+        export_memory(memory, copy, merge_base=False)
+    with (
+        output_folder(copy),
+        pytest.raises(OutputError, match="another run is writing"),
+    ):
+        export_memory(memory, copy, merge_base=False)

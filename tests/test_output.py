@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlpmem_eval.folder import report_folder
 from mlpmem_rag.artifact import MANIFEST, WORK
 from mlpmem_rag.errors import ConfigError, OutputError, ResourceError
 from mlpmem_rag.lock import LOCK, OWNER, read_owner
-from mlpmem_rag.output import output_folder
+from mlpmem_rag.output import KIND, output_folder
 from mlpmem_rag.storage import allocate_array, replace_file, save_array, write_json
 
 HOLDER = """
@@ -100,6 +101,18 @@ def test_a_run_that_ended_before_it_had_begun_can_be_repeated(out: Path) -> None
 def test_a_work_folder_with_something_in_it_is_someone_elses(out: Path) -> None:
     (out / WORK / "thesis").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"holds no memory \(work\)"), output_folder(out):
+        pass
+
+
+def test_a_folder_stays_of_the_kind_that_it_is(out: Path) -> None:
+    with output_folder(out):
+        pass
+    with output_folder(out):  # a memory whose training is to go on
+        pass
+    with (
+        pytest.raises(OutputError, match=r"is the folder of a memory, not of a comparison"),
+        report_folder(out),
+    ):
         pass
 
 
@@ -211,4 +224,4 @@ def test_a_note_that_finds_no_room_leaves_the_telling_to_others(
     monkeypatch.setattr("mlpmem_rag.lock.write_json", full)
     with output_folder(out) as work:
         assert read_owner(work) is None
-    assert json.dumps(sorted(p.name for p in work.iterdir())) == json.dumps([LOCK])
+    assert json.dumps(sorted(p.name for p in work.iterdir())) == json.dumps([LOCK, KIND])

@@ -167,15 +167,15 @@ def test_text_of_the_corpus_is_traced_to_where_it_stands(
     assert all(origin is not None for _, origin in traced)
 
 
-def test_rows_of_another_corpus_are_not_taken_for_this_ones(folder: Path, tmp_path: Path) -> None:
+def test_rows_of_another_training_are_not_taken_for_this_ones(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "memory"
     (copy / "work").mkdir(parents=True)
     (copy / "manifest.json").write_bytes((folder / "manifest.json").read_bytes())
     with pytest.raises(ArtifactError, match=r"does not hold the rows .* any more"):
         Provenance.open(copy)
     note = json.loads((folder / "work" / "documents.json").read_text())
-    (copy / "work" / "documents.json").write_text(json.dumps({**note, "corpus": "x"}))
-    with pytest.raises(ArtifactError, match="another corpus"):
+    (copy / "work" / "documents.json").write_text(json.dumps({**note, "run": "x"}))
+    with pytest.raises(ArtifactError, match="of another training than the memory beside it"):
         Provenance.open(copy)
 
 

@@ -12,7 +12,7 @@ from mlpmem_rag.corpus import Document, read_corpus
 from mlpmem_rag.errors import MissingDependencyError
 from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.questions import Question, load_questions, save_questions
-from mlpmem_rag.rules import RuleWriter, paragraphs
+from mlpmem_rag.rules import MAX_PARAGRAPH, RuleWriter, paragraphs
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "corpus"
 STARS = {document.id: document for document in read_corpus(SAMPLE / "stars").documents}
@@ -266,6 +266,15 @@ def test_paragraphs_end_at_headings_blank_lines_and_full_stops() -> None:
         "The born of Facts is 1815.",
         "and so on",
     ]
+
+
+def test_a_paragraph_without_end_is_cut_at_white_space() -> None:
+    line = "the museum contains many rooms and " * 3000
+    found = list(paragraphs(document(line + "\n" + "x" * 50_000)))
+    assert max(map(len, found)) <= MAX_PARAGRAPH
+    assert " ".join(found[:6]).startswith(line[:90_000].strip())
+    assert sum(part.count("museum") for part in found) == 3000
+    assert "".join(found).count("x") == 50_000
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "Yes.", "...", "1 2 3", "# Only a heading"])

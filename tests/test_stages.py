@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_rag.stages import NOTE, enter_stage, finish_stage, stage_key, stage_seconds
+from mlpmem_rag.stages import NOTE, enter_stage, leave_stage, stage_key, stage_seconds
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "work" / "stage"
     assert not enter_stage(folder, "key")
     (folder / "result").write_text("kept")
-    finish_stage(folder, "key", 2.5)
+    leave_stage(folder, "key", 2.5, finished=True)
     return folder
 
 
@@ -32,6 +32,15 @@ def test_an_unfinished_stage_keeps_what_it_has(tmp_path: Path) -> None:
     assert not enter_stage(tmp_path / "stage", "key")
     assert (tmp_path / "stage" / "half").read_text() == "kept"
     assert stage_seconds(tmp_path / "stage") == 0.0
+
+
+def test_all_runs_that_worked_at_a_stage_count(tmp_path: Path) -> None:
+    folder = tmp_path / "stage"
+    for seconds, finished in ((2.0, False), (1.5, True)):
+        assert not enter_stage(folder, "key")
+        leave_stage(folder, "key", seconds, finished=finished)
+    assert enter_stage(folder, "key")
+    assert stage_seconds(folder) == 3.5
 
 
 def test_another_input_removes_what_was_made_from_the_first(folder: Path) -> None:

@@ -14,6 +14,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError, CorpusError
 from mlpmem_rag.language_writer import LanguageModelWriter, base_model_completer
+from mlpmem_rag.pipeline import train
 from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.questions import BASE_MODEL, Question, save_questions
 from mlpmem_rag.writers import write_questions, writer_of
@@ -57,8 +58,40 @@ def test_own_questions_come_with_the_sentence_that_answers(tmp_path: Path) -> No
         ),
         Question("How many?", "42 crowns", "Tollen lost 42 crowns.", "quay"),
         Question("What of it?", "42 crowns", "It was sold for 42 crowns.", "mill"),
-        Question("Où?", "à Skagen", "Où?", "mill"),
+        Question("Où?", "à Skagen", "Où?", ""),
     ]
+
+
+def test_the_best_sentence_of_all_documents_answers_in_whole_words(tmp_path: Path) -> None:
+    documents = [
+        Document("a", "The note was known. Nobody knew of the mill.", None, "a"),
+        Document("b", "Was the mill sold? No, it was not.", None, "b"),
+    ]
+    path = own(
+        tmp_path,
+        {"question": "Was it sold?", "answer": "No"},
+        {"question": "What was sold, the mill?", "answer": "the mill"},
+    )
+    found = write_questions([path], documents, None)
+    assert [(q.source, q.document) for q in found] == [
+        ("No, it was not.", "b"),
+        ("Was the mill sold?", "b"),
+    ]
+
+
+def test_a_mark_of_utf_8_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = own(tmp_path, {"question": "Who?", "answer": "Ines"})
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    assert [q.text for q in write_questions([path], DOCUMENTS, None)] == ["Who?"]
+
+
+def test_files_are_read_before_anything_is_done(tmp_path: Path) -> None:
+    path = own(tmp_path, {"question": "Who?", "answer": "Ines"}, "no json")
+    with pytest.raises(ConfigError, match="line 2 is no question"):
+        train(tmp_path / "nowhere", out=tmp_path / "memory", questions=("rules", path))
+    with pytest.raises(ConfigError, match=r"questions 'typo\.jsonl': neither"):
+        train(tmp_path / "nowhere", out=tmp_path / "memory", questions=("typo.jsonl",))
+    assert not (tmp_path / "memory").exists()
 
 
 def test_what_another_writer_has_written_comes_back(tmp_path: Path) -> None:
@@ -99,6 +132,7 @@ def test_several_files_give_no_question_twice(tmp_path: Path) -> None:
         {"question": ["Who?"], "answer": "Ines"},
         {"question": "Who?", "answer": "Ines", "doc_ids": 3},
         {"question": "Who?", "answer": "Ines", "source": 3},
+        {"question": "Who?", "answer": "\ud83d"},
         {"question": "Who?", "answer": "Ines", "doc_ids": [["mill"]]},
     ],
 )

@@ -520,7 +520,6 @@ def test_what_cannot_be_asked_is_one_line(
         (["--neighbors", 5000], "neighbors = 5000: allowed are 1 to 1024"),
         (["--tau", -1], "tau = -1.0: allowed"),
         (["--layer", 99], "layer 99 does not exist: the base model has 4 decoder layers"),
-        (["--seed", -1], "seed"),
         (["--strict"], "empty.txt: empty"),
         (["--out", __file__], "is a file; give a new folder"),
         (["--out", Path(__file__).parent], "is not empty and holds no memory"),

@@ -51,6 +51,20 @@ def test_a_few_are_shown_as_a_table(corpus: Path, capsys: pytest.CaptureFixture[
     assert "questions from 1 documents" in err
 
 
+def test_text_is_shown_as_it_is(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (corpus / "curie.txt").write_text("The museum [/INST] contains 60 [bold]rooms[/bold].")
+    (corpus / "[a].txt").write_text(TEXT)
+    assert run(corpus, "--show", 0) == 0
+    assert "[a].txt" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_missing_is_told_beforehand(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(corpus, "--out", tmp_path / "new" / "q.jsonl") == 2
+    assert "there is no folder" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_missing_corpus_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "nowhere") == 1
     err = capsys.readouterr().err.strip().splitlines()

@@ -147,6 +147,8 @@ def test_wrong_wishes_are_one_line(run: Run, compared: list[object], files: Path
         file.write('\n{"question": "Why?"}')
     assert "line 3: no answers" in run(*compared, "--strict").error()
     assert "line 3: left out" in run(*compared).err
+    result = run(*compared, "--seed", -1)
+    assert (result.code, "Invalid value for '--seed'" in result.err) == (2, True)
 
 
 def test_report_renders_again(run: Run, compared: list[object], files: Path) -> None:
@@ -161,6 +163,17 @@ def test_report_renders_again(run: Run, compared: list[object], files: Path) -> 
     elsewhere = run("report", files / "report" / "report.json", "--out", files / "copy", "--json")
     assert (files / "copy" / "report.html").read_text() == shown
     assert Report.model_validate_json(elsewhere.out) == load_report(files / "report")
+
+
+def test_a_report_of_another_name_or_place_replaces_nothing(
+    run: Run, compared: list[object], files: Path
+) -> None:
+    run(*compared)
+    old = files / "report" / "old.json"
+    old.write_text((files / "report" / "report.json").read_text())
+    assert "say where to write with --out" in " ".join(run("report", old).err.split())
+    assert "holds no comparison" in run("report", old, "--out", files).error()
+    assert run("report", old, "--out", files / "new").code == 0
 
 
 def test_report_of_nothing_is_one_line(run: Run, files: Path) -> None:
@@ -182,4 +195,7 @@ def test_bench_prints_figures_beside_the_papers(run: Run, tiny_memory: Path, fil
     assert "not run: nine NLP tasks" in result.out
     assert "written to" in result.err
     assert "allowed" not in result.err
+    (files / "empty").mkdir()
+    nothing = run("bench", tiny_memory, "--data", files / "empty", "--out", files / "b2")
+    assert "holds none of questions.jsonl, corpus.jsonl, text.txt" in " ".join(nothing.err.split())
     assert "nothing to measure" in run("bench", tiny_memory, "--out", files / "b2").error()

@@ -80,6 +80,17 @@ def test_an_interrupted_comparison_asks_only_what_is_missing(tmp_path: Path) -> 
     assert len(read_rows(path)) == 6
 
 
+def test_a_row_that_was_cut_within_a_character_is_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    run_comparison([FakeArm("a", answers())], QUESTIONS[:1], path, COLD)
+    with path.open("ab") as file:
+        file.write('{"arm": "a", "text": "Z\u00fc'.encode()[:-1])
+    arm = FakeArm("a", answers())
+    run_comparison([arm], QUESTIONS[:2], path, COLD)
+    assert arm.asked == [QUESTIONS[1].text]
+    assert len(read_rows(path)) == 2
+
+
 def test_a_separator_of_lines_in_an_answer_is_no_end_of_its_row(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     said = {question.text: "one\u2028two" for question in QUESTIONS}

@@ -15,7 +15,7 @@ from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.llms.callbacks import llm_completion_callback
 
 from mlpmem_eval.judge import Judge, judged, parsed
-from mlpmem_eval.named_llm import load_llm
+from mlpmem_eval.named_llm import load_llm, source_of
 from mlpmem_eval.render import html, markdown
 from mlpmem_eval.report import build_report
 from mlpmem_eval.rows import Row
@@ -137,6 +137,7 @@ def test_a_judge_that_is_away_costs_its_scores_only(tmp_path: Path) -> None:
     assert second.problem is None
     other = Strict(lambda _: "5\nYes.")
     assert set(judged(Judge("another", other), asked, said, path).scores.values()) == {1.0}
+    assert set(judged(Judge("x", other, "changed"), asked, said, path).scores.values()) == {1.0}
 
 
 def test_a_reply_without_a_mark_is_no_score(tmp_path: Path) -> None:
@@ -194,6 +195,10 @@ def test_an_llm_from_a_file(tmp_path: Path) -> None:
         "    return MockLLM(max_tokens=n)\n"
         "def none(): return 'nothing'\n"
     )
+    first = source_of(f"{file}:make?name=a+b&n=2")
+    file.write_text(file.read_text() + "# changed\n")
+    assert len({"", first, source_of(f"{file}:ready")}) == 3
+    assert source_of("llama_index.core.llms:MockLLM") == ""
     ready, made = load_llm(f"{file}:ready"), load_llm(f"{file}:make?name=a+b&n=2")
     assert isinstance(ready, MockLLM)
     assert isinstance(made, MockLLM)
@@ -217,6 +222,10 @@ def test_an_llm_from_a_file(tmp_path: Path) -> None:
         ("./nowhere.py:llm", "cannot be imported (FileNotFoundError"),
         ("llama_index.core.llms:MockLLM?nothing", "not of the form a=1&b=x"),
         ("llama_index.core.llms:MockLLM?api_key=x", "api_key would stand in the report"),
+        ("llama_index.core.llms:MockLLM?apiKey=x", "apiKey would stand in the report"),
+        ("llama_index.core.llms:MockLLM?accessToken=x", "accessToken would stand in"),
+        ("llama_index.core.llms:MockLLM?passwd=x", "passwd would stand in the report"),
+        ("llama_index.core.llms:MockLLM?authorization=x", "authorization would stand in"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_why(name: str, told: str) -> None:

@@ -77,15 +77,17 @@ def test_bad_rows_are_listed_by_line_and_the_rest_is_kept(tmp_path: Path) -> Non
         '{"question": "What?", "answers": [{"text": "x"}]}',
         '{"question": "When?", "answers": ["now"], "answerable": "perhaps"}',
         "[1, 2]",
+        '{"question": "How?", "answers": ["x\\ud800"]}',
     ]
     path = write(tmp_path / "q.jsonl", "\n".join(lines))
     found = load_questions(path)
     assert [q.id for q in found.questions] == ["a"]
-    assert [line for line, _ in found.problems] == [2, 3, 4, 5, 6, 7]
+    assert [line for line, _ in found.problems] == [2, 3, 4, 5, 6, 7, 8]
     reasons = dict(found.problems)
     assert "line 1" in reasons[4]
     assert "perhaps" in reasons[6]
-    with pytest.raises(ConfigError, match="6 of 7 rows are no questions") as error:
+    assert "half of a character" in reasons[8]
+    with pytest.raises(ConfigError, match="7 of 8 rows are no questions") as error:
         load_questions(path, strict=True)
     assert "line 2" in str(error.value)
 

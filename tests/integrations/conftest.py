@@ -131,7 +131,8 @@ def questions(tiny_documents: list[Document], tmp_path_factory: pytest.TempPathF
         for (wording, answer), end in itertools.product(WORDINGS, ("?", "??", ", then?")):
             question = wording.format(found.groups()) + end
             row = {"question": question, "answer": answer.format(found.groups())}
-            lines.append(json.dumps({**row, "doc_ids": [document.id]}))
+            where = {"doc_ids": [document.id], "source": found.group().strip()}
+            lines.append(json.dumps(row | where))
     path.write_text("\n".join(lines))
     return path
 
