@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mlpmem_eval.bench_schema import Bench, Section
 
 
+DATA = ("questions.jsonl", "corpus.jsonl", "text.txt")
+
+
 def bench(
     memory: options.MemoryArgument,
     out: Annotated[Path, typer.Option(help="Folder to write bench.json and bench.md to.")],
@@ -60,13 +63,15 @@ def bench(
     with display.needs_extra("eval"):
         from mlpmem_eval.bench import BenchConfig, run_bench
 
+    if data is not None and not any((data / name).is_file() for name in DATA):
+        raise typer.BadParameter(f"--data {data} holds none of {', '.join(DATA)}")
     console = display.stderr()
     config = BenchConfig(
         memory=memory,
         out=out,
-        questions=questions or _there(data, "questions.jsonl"),
-        corpus=corpus or _named(_there(data, "corpus.jsonl")),
-        text=text or _there(data, "text.txt"),
+        questions=questions or _there(data, DATA[0]),
+        corpus=corpus or _named(_there(data, DATA[1])),
+        text=text or _there(data, DATA[2]),
         limit=limit,
         tokens=tokens,
         max_new_tokens=max_new_tokens,

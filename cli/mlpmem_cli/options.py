@@ -76,7 +76,9 @@ LayerOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the base model.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Of everything random.", show_default="0")
+]
 RecipeOption = Annotated[
     Recipe | None, typer.Option(help="How to teach.", show_default="self-study")
 ]

@@ -39,6 +39,8 @@ def questions(
     from mlpmem_rag.questions import BASE_MODEL, RULES, save_questions
     from mlpmem_rag.writers import write_questions
 
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}; make it first")
     console = display.stderr()
     with display.progress_bars(console) as on_progress:
         read = read_corpus(
@@ -64,7 +66,9 @@ def questions(
 def _table(shown: list[Question]) -> Table:
     from rich.table import Table
 
+    from mlpmem_cli.display import plain
+
     table = Table("question", "answer", "document")
     for question in shown:
-        table.add_row(question.text, question.answer, question.document)
+        table.add_row(plain(question.text), plain(question.answer), plain(question.document))
     return table

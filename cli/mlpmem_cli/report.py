@@ -24,11 +24,16 @@ def report(
     from mlpmem_cli.compare import show
 
     with display.needs_extra("eval"):
+        from mlpmem_eval.folder import check_report_folder
         from mlpmem_eval.render import write_report
-        from mlpmem_eval.schema import load_report
+        from mlpmem_eval.schema import REPORT, load_report
 
     found = load_report(source)
     folder = out or (source if source.is_dir() else source.parent)
+    if out is None and source.is_file() and source.name != REPORT:
+        raise typer.BadParameter(f"{source} is not named {REPORT}: say where to write with --out")
+    check_report_folder(folder)
     write_report(found, folder)
     show(found, as_json=as_json)
-    display.stderr().print(f"written to {folder}: report.html, report.md, report.json")
+    written = f"written to {folder}: report.html, report.md, report.json"
+    display.stderr().print(written, markup=False)

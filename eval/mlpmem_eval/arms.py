@@ -125,6 +125,12 @@ def _knn(bench: Workbench) -> Arm:
 def _lora(bench: Workbench) -> Arm:
     name = "lora"
     corpus = bench.documents(name)
+    budget = bench.memory_setup.total_seconds
+    if not budget:
+        raise ConfigError(
+            f"the arm {name!r} gets as long as the memory's training took, which {bench.folder} "
+            "does not tell; leave it out, or train the memory with mlpmem-rag train"
+        )
     twin = with_own_base(bench.memory)
     tuned = fine_tuned(
         twin.model.base,
@@ -133,7 +139,7 @@ def _lora(bench: Workbench) -> Arm:
         _taught(bench),
         LoraSettings(seed=bench.seed),
         bench.work / "lora",
-        budget_seconds=bench.memory_setup.total_seconds,
+        budget_seconds=budget,
         on_progress=bench.on_progress,
     )
     llm = MLPMemLLM.from_model(twin, lambda_=0.0, max_new_tokens=bench.max_new_tokens)

@@ -8,8 +8,9 @@ from pathlib import Path
 from mlpmem_eval.schema import REPORT
 from mlpmem_rag.artifact import WORK
 from mlpmem_rag.lock import LOCK
-from mlpmem_rag.output import output_folder
+from mlpmem_rag.output import check_output, output_folder
 
+KIND = "comparison"
 ROWS = "rows.jsonl"
 JUDGEMENTS = "judgements.jsonl"
 
@@ -21,7 +22,16 @@ def report_folder(out: Path) -> AbstractContextManager[Path]:
         OutputError: `out` is a file, holds something else, cannot be written, or is in use.
         ResourceError: the disk became full.
     """
-    return output_folder(out, kind="comparison", is_ours=is_report)
+    return output_folder(out, kind=KIND, is_ours=is_report)
+
+
+def check_report_folder(out: Path) -> None:
+    """Refuse a folder for a report that is there already.
+
+    Raises:
+        OutputError: `out` is a file, or holds something else.
+    """
+    check_output(out, KIND, is_report)
 
 
 def is_report(folder: Path) -> bool:

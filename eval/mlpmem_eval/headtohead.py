@@ -13,7 +13,7 @@ from mlpmem_eval.comparison import RunSettings, run_comparison
 from mlpmem_eval.environment import machine, versions
 from mlpmem_eval.folder import JUDGEMENTS, ROWS, report_folder
 from mlpmem_eval.judge import Judge, Judgements, judged
-from mlpmem_eval.named_llm import load_llm
+from mlpmem_eval.named_llm import load_llm, source_of
 from mlpmem_eval.questions import EvalQuestion, QuestionSet, load_questions, written_questions
 from mlpmem_eval.render import write_report
 from mlpmem_eval.report import build_report
@@ -99,7 +99,9 @@ def compare(
         OutputError: the output folder cannot be used.
     """
     manifest = load_manifest(config.memory)
-    judge = None if config.judge is None else Judge(config.judge, load_llm(config.judge))
+    judge = None
+    if config.judge is not None:
+        judge = Judge(config.judge, load_llm(config.judge), source_of(config.judge))
     corpus = (
         read_corpus(config.corpus, follow_links=config.follow_links)
         if config.corpus is not None
@@ -153,6 +155,7 @@ def opened(
         corpus,
         config.max_new_tokens,
         lambda: _tuning_questions(corpus, asked, config.seed, on_progress),
+        frozenset(question.text for question in asked),
         threshold=config.threshold,
         seed=config.seed,
         on_progress=on_progress,
@@ -179,7 +182,7 @@ def compare_arms(
         RunSettings(
             config.concurrency,
             config.warm_up,
-            {"machine": settings["machine"]},
+            {"machine": settings["machine"], "versions": settings["versions"]},
             str(memory.model.device),
         ),
         on_progress=on_progress,

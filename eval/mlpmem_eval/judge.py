@@ -33,10 +33,17 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Judge:
-    """An LLM with the name under which its judgements are kept."""
+    """An LLM with the name under which its judgements are kept.
+
+    Attributes:
+        name: as the report says it.
+        llm: is asked.
+        source: a fingerprint of the program that makes it; with another, all is asked anew.
+    """
 
     name: str
     llm: LLM
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def judged(
     """
     by_id = {question.id: question for question in questions if question.answerable}
     cases = {
-        (row.arm, row.question): _case(judge.name, by_id[row.question], row.text)
+        (row.arm, row.question): _case(judge, by_id[row.question], row.text)
         for row in rows
         if row.error is None and row.question in by_id
     }
@@ -97,11 +104,12 @@ def judged(
     return Judgements(scores, len(cases), _problem(judge, asking, len(scores), len(cases)))
 
 
-def _case(judge: str, question: EvalQuestion, text: str) -> _Case:
+def _case(judge: Judge, question: EvalQuestion, text: str) -> _Case:
     reference = question.answers[0]
     if len(question.answers) > 1:
         reference = "any one of these: " + "; ".join(question.answers)
-    content = json.dumps([judge, question.text, text, reference], ensure_ascii=False)
+    asked = [judge.name, judge.source, question.text, text, reference]
+    content = json.dumps(asked, ensure_ascii=False)
     return _Case(hashlib.sha256(content.encode()).hexdigest(), question.text, text, reference)
 
 

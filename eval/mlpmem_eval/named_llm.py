@@ -9,6 +9,7 @@ behind the question mark what it is called with. The module is run, like any pro
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from llama_index.core.llms import LLM
 from mlpmem_rag.errors import ConfigError
 
 EXAMPLE = "llama_index.llms.ollama:Ollama?model=llama3.1, or ./judge.py:make_llm"
-_SECRET = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+_SECRET = re.compile(r"key$|token$|secret|passw|authorization|credential", re.IGNORECASE)
 
 
 def load_llm(name: str) -> LLM:
@@ -45,6 +46,15 @@ def load_llm(name: str) -> LLM:
             f"LLM {name!r} is a {type(llm).__name__}; it has to be a LlamaIndex LLM, or to make one"
         )
     return llm
+
+
+def source_of(name: str) -> str:
+    """A fingerprint of the `.py` file that is named; nothing where it is a module."""
+    place = name.partition("?")[0].rpartition(":")[0]
+    path = Path(place)
+    if not (place.endswith(".py") and path.is_file()):
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _module(place: str, name: str) -> ModuleType:

@@ -255,13 +255,18 @@ def _question(row: _Row, default_id: str) -> EvalQuestion:
     if answerable and not answers:
         raise _BadRowError("no answers; give some, or answerable: false")
     id_ = row.get("id")
-    return EvalQuestion(
+    question = EvalQuestion(
         id=default_id if id_ in (None, "") else str(id_),
         text=text.strip(),
         answers=answers if answerable else (),
         doc_ids=_texts(row, "doc_ids"),
         answerable=answerable,
     )
+    try:
+        "".join([question.id, question.text, *question.answers, *question.doc_ids]).encode()
+    except UnicodeEncodeError as error:  # JSON can escape what is no text
+        raise _BadRowError(f"half of a character, {error.object[error.start]!r}") from error
+    return question
 
 
 def _answerable(value: object) -> bool:

@@ -84,8 +84,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are. A line may
+    # end within a character, too.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             value = json.loads(line)
         except ValueError:

@@ -62,7 +62,7 @@ def tune(
     favourite, *rivals = candidates
     rounds = max(1, math.ceil(math.log2(len(candidates))))
     first = max(1, len(questions) // FIRST_SHARE)
-    ends = [min(len(questions), first * 2**n) for n in range(rounds)]
+    ends = [min(len(questions), first * 2**n) for n in range(rounds - 1)] + [len(questions)]
     total = _planned(len(rivals), ends)
     scores: dict[S, list[float]] = {setting: [] for setting in candidates}
     right: dict[S, list[float]] = {setting: [] for setting in candidates}

@@ -14,18 +14,27 @@ from mlpmem_eval.answerers import Answerer
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_rag.artifact import WORK
 from mlpmem_rag.calibrate import Calibration, HeldOutAnswer
+from mlpmem_rag.errors import ArtifactError
+from mlpmem_rag.provenance import documents_of
 from mlpmem_rag.questions import Question, load_questions
 from mlpmem_rag.scoring import exact_match
 
 
 def held_out_answers(folder: Path) -> list[tuple[EvalQuestion, HeldOutAnswer]]:
-    """What the training of a memory kept of its calibration; nothing where `work/` is gone."""
+    """What the training of a memory kept of its calibration, in the order of the documents.
+
+    Nothing where `work/` is gone or of another training.
+    """
     work = folder / WORK
     kept, written = (
         work / "calibration" / "calibration.json",
         work / "questions" / "questions.jsonl",
     )
     if not (kept.is_file() and written.is_file()):
+        return []
+    try:
+        documents_of(folder)
+    except ArtifactError:  # another training's answers are none of this memory's
         return []
     answers = Calibration.from_dict(json.loads(kept.read_text(encoding="utf-8"))).answers
     questions = load_questions(written)

@@ -10,12 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_eval.answerers import QueryEngineAnswerer
 from mlpmem_eval.cost import Setup
 from mlpmem_eval.embedding import EncoderEmbedding
+from mlpmem_eval.environment import versions
 from mlpmem_eval.questions import EvalQuestion
 from mlpmem_eval.rag import (
     CANDIDATES,
@@ -55,6 +58,7 @@ class Workbench:
         corpus: the documents; None: no arm that reads them can be made.
         max_new_tokens: most tokens of an answer, the same for every arm.
         tuning_questions: written questions to choose settings on, when they are needed.
+        asked: evaluation questions; no setting is chosen on one of them.
         encoder: finds passages; None: see `sentence_encoder`.
         threshold: confidence below which `memory-first` asks RAG; None: see
             `memory_first_threshold`.
@@ -69,6 +73,7 @@ class Workbench:
     corpus: Corpus | None = None
     max_new_tokens: int = 24
     tuning_questions: Callable[[], Sequence[EvalQuestion]] = field(default=list)
+    asked: frozenset[str] = frozenset()
     encoder: QueryEncoder | None = None
     threshold: float | None = None
     seed: int = 0
@@ -188,7 +193,9 @@ class Workbench:
         if self.threshold is not None:
             return self.threshold, 0.0
         setting, _ = self.tuned_rag
-        held_out = held_out_answers(self.folder)[: len(self._written("memory-first"))]
+        held_out = [h for h in held_out_answers(self.folder) if h[0].text not in self.asked]
+        np.random.default_rng(self.seed).shuffle(held_out)
+        held_out = held_out[: len(self._written("memory-first"))]
         if not held_out:
             best, *_ = self.searches["rag"]["tried"]
             return float(best["em"]), 0.0
@@ -215,7 +222,8 @@ class Workbench:
     ) -> dict[str, Any]:
         """What an earlier run found on the same questions and settings, or what `make` finds."""
         asked = [[q.text, *q.answers] for q in questions]
-        key = row_key({"search": [content, asked]}, EvalQuestion(name, name, ()))
+        searched = {"search": [content, asked], "versions": versions()}
+        key = row_key(searched, EvalQuestion(name, name, ()))
         path = self.work / f"tuning-{name}.json"
         found: dict[str, Any] = (
             json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -240,7 +248,7 @@ class Workbench:
         used: dict[str, float] = {}
 
         def asked(setting: S, question: str) -> str:
-            content = {"setting": _plain([setting]), **settings}
+            content = {"setting": _plain([setting]), "versions": versions(), **settings}
             key = row_key(content, EvalQuestion(name, question, ()))
             if key not in known:
                 started = time.perf_counter()
@@ -262,9 +270,8 @@ class Workbench:
     @property
     def model_settings(self) -> dict[str, Any]:
         """What the answers of the base model depend on."""
-        base = self.manifest.training
         return {
-            "base_model": base.get("base_model"),
+            "base_model": self.memory.model.backbone.reference.weights[:16],
             "max_new_tokens": self.max_new_tokens,
             "dtype": str(self.memory.model.base.dtype),
             "device": str(self.memory.model.device),
@@ -288,11 +295,12 @@ class Workbench:
 
     @property
     def memory_setup(self) -> Setup:
-        """The training, from the memory's own manifest."""
+        """The training, from the memory's own manifest; one that does not tell has no steps."""
         names = (CONFIG, WEIGHTS, MANIFEST, CARD, *self.manifest.encoder_files)
         size = sum(p.stat().st_size for name in names if (p := self.folder / name).is_file())
-        seconds = float(self.manifest.figures.get("total_seconds", 0.0))
-        return Setup({"training": seconds}, fixed={"memory": size}, trained=True)
+        seconds = self.manifest.figures.get("total_seconds")
+        steps = {} if seconds is None else {"training": float(seconds)}
+        return Setup(steps, fixed={"memory": size}, trained=bool(steps))
 
 
 def sentence_encoder(memory: MemoryModel) -> QueryEncoder:
