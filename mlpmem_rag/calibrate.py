@@ -36,9 +36,12 @@ from mlpmem_rag.windows import Window
 
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 HELD_OUT_QUESTIONS = 0.05
 """Share of the questions about learned text that is held out."""
+MOST_HELD_OUT = 0.5
+"""Of those of which other wordings are learned, where these are few."""
 ASKED_OPENING = 0.9
 """Where a request is known, for every token: a gate fitted on answers is more probable, but less
 often right (docs/experiments.md). Also lambda where nothing could be held out to fit a gate."""
@@ -87,8 +90,8 @@ def split_questions(
     """Set apart the questions about held-out text and, to validate, a share of the others.
 
     Of these, what is asked in the same words goes together, and something is only held out if
-    another wording of it is learned; but where there are too few of such, as with questions of
-    one's own, whatever was drawn.
+    another wording of it is learned. Where too few are such, as with questions of one's own, any
+    are held out.
 
     Args:
         questions: all of them.
@@ -96,21 +99,49 @@ def split_questions(
         validated: whether any of the others are to be held out.
         seed: decides which.
     """
-    texts: dict[str, int] = {}
-    group = np.array([texts.setdefault(q.text.casefold(), len(texts)) for q in questions], int)
-    drawn = np.random.default_rng(seed).random(len(texts)) < HELD_OUT_QUESTIONS
-    is_known = ~is_unknown & drawn[group] & validated
-    meant = [(q.document, q.source, normalize(q.answer)) for q in questions]
-    taught = {meant[number] for number in np.flatnonzero(~is_unknown & ~is_known)}
-    lacking = is_known & np.array([m not in taught for m in meant], dtype=bool)
-    reworded = is_known & ~np.isin(group, group[lacking])
+    numbers: dict[str, int] = {}
+    texts = np.array([numbers.setdefault(q.text.casefold(), len(numbers)) for q in questions], int)
+    luck = np.random.default_rng(seed).random(len(numbers))[texts]
+    is_known = ~is_unknown & (luck < HELD_OUT_QUESTIONS)
+    reworded = _held_out_wordings(questions, texts, luck, ~is_unknown)
     if reworded.sum() >= MIN_QUESTIONS:
         is_known = reworded
+    is_known &= validated
     return QuestionSplit(
         train=np.flatnonzero(~is_unknown & ~is_known),
         known=np.flatnonzero(is_known),
         unknown=np.flatnonzero(is_unknown),
     )
+
+
+def _held_out_wordings(
+    questions: Sequence[Question], texts: Numbers, luck: Floats, learnable: Mask
+) -> Mask:
+    """Which questions to hold out so that another wording of each is learned. *Shape:* (M,).
+
+    Args:
+        questions: all of them.
+        texts: equal for questions in the same words. *Shape:* (M,).
+        luck: 0 to 1 by chance, the same for the same words; the smallest are held out. *Shape:*
+            (M,).
+        learnable: which may be learned at all. *Shape:* (M,).
+    """
+    meant = [(q.document, q.source, normalize(q.answer)) for q in questions]
+
+    def reworded(learned: Mask, held_out: Mask) -> Mask:
+        """Of what is held out that of which other words are learned, with all in its words."""
+        words: dict[tuple[str, str, str], set[int]] = {}
+        for number in np.flatnonzero(learned).tolist():
+            words.setdefault(meant[number], set()).add(int(texts[number]))
+        lacking = [
+            not words.get(m, set()) - {t} for m, t in zip(meant, texts.tolist(), strict=True)
+        ]
+        return held_out & ~np.isin(texts, texts[held_out & np.array(lacking, dtype=bool)])
+
+    possible = reworded(learnable, learnable)
+    share = HELD_OUT_QUESTIONS * learnable.sum() / max(1, possible.sum())
+    chosen = possible & (luck < min(MOST_HELD_OUT, share))
+    return reworded(learnable & ~chosen, chosen)
 
 
 @dataclass(frozen=True)
