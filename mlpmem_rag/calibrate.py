@@ -227,16 +227,10 @@ def score_text(
 
 
 @torch.inference_mode()
-def score_other_text(
-    backbone: Backbone,
-    memory: Memory,
-    *,
-    seed: int,
-    on_progress: OnProgress = ignore_progress,
-) -> HeldOutRows:
+def other_texts(backbone: Backbone, *, seed: int) -> list[list[int]]:
     """Text that is not the corpus's: what the base model writes when nothing is asked of it.
 
-    The memory has nothing to say there, and the gate learns to leave it out.
+    Token ids of `OTHER_TEXTS` texts, all equally long.
     """
     mark = backbone.tokenizer.bos_token_id
     mark = backbone.tokenizer.eos_token_id if mark is None else mark
@@ -245,7 +239,7 @@ def score_other_text(
     model: Any = backbone.model  # generate() is annotated for other classes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        texts = model.generate(
+        texts: list[list[int]] = model.generate(
             start,
             attention_mask=torch.ones_like(start),
             do_sample=True,  # from its very distribution, whatever settings it comes with
@@ -260,12 +254,27 @@ def score_other_text(
             min_new_tokens=length,
             pad_token_id=mark or 0,
         ).tolist()
+    return texts
+
+
+def score_other_text(
+    backbone: Backbone,
+    memory: Memory,
+    texts: Sequence[Sequence[int]],
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> HeldOutRows:
+    """Memory and base model on `other_texts`.
+
+    The memory has nothing to say there, and the gate learns to leave it out.
+    """
+    length = len(texts[0]) - 1
     places = range(length // 4 + 1, length + 1)  # with some text before it
     parts = []
-    for first in range(0, OTHER_TEXTS, BATCH):
+    for first in range(0, len(texts), BATCH):
         batch = texts[first : first + BATCH]
         parts.append(score_positions(backbone, memory, batch, [places] * len(batch), None))
-        on_progress(ProgressEvent("gate", first + len(batch), OTHER_TEXTS, "texts"))
+        on_progress(ProgressEvent("gate", first + len(batch), len(texts), "texts"))
     return HeldOutRows.joined(parts)
 
 
@@ -382,13 +391,14 @@ def calibrate(
     study: StudyRows,
     split: QuestionSplit,
     text: HeldOutRows,
+    others: Sequence[Sequence[int]],
     coverage: float,
     *,
     seed: int,
 ) -> Calibration:
     """Fit gate and confidence, and measure what the memory makes of written questions.
 
-    `model` has no gate yet; `text` is of the held-out documents.
+    `model` has no gate yet; `text` is of the held-out documents, `others` are `other_texts`.
     """
     rng = np.random.default_rng(seed)
 
@@ -397,7 +407,7 @@ def calibrate(
 
     taught, known, unknown = some(split.train), some(split.known), some(split.unknown)
     text = text.some(MAX_TEXT_TOKENS, rng)
-    other = score_other_text(backbone, model.memory, seed=seed)
+    other = score_other_text(backbone, model.memory, others)
     plain = unharming(_fitted([text, other]), other)
     gate = Gate(asked=constant_weights(ASKED_OPENING), plain=plain)
 

@@ -25,6 +25,7 @@ from mlpmem_rag.calibrate import (
     QuestionSplit,
     answer_coverage,
     calibrate,
+    other_texts,
     score_other_text,
     score_text,
     split_questions,
@@ -418,6 +419,7 @@ class Stages:
                     studied.rows,
                     held_out,
                     validation,
+                    self._other_texts,
                     answer_coverage(studied.questions, prepared.corpus.documents),
                     seed=self._config.seed,
                 )
@@ -460,12 +462,17 @@ class Stages:
                 other = score_other_text(
                     self._prepared.backbone,
                     memory,
-                    seed=self._config.seed,
+                    self._other_texts,
                     on_progress=self._on_progress,
                 )
                 write_json(path, {"plain": unharming(calibration.gate.plain, other)})
             plain = tuple(json.loads(path.read_text())["plain"])
         return replace(calibration, gate=replace(calibration.gate, plain=plain))
+
+    @cached_property
+    def _other_texts(self) -> list[list[int]]:
+        """Of the base model, written once."""
+        return other_texts(self._prepared.backbone, seed=self._config.seed)
 
     def seconds(self) -> dict[str, float]:
         """Time of each stage, also of those that an earlier run has done."""

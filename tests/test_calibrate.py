@@ -27,6 +27,7 @@ from mlpmem_rag.calibrate import (
     answer_coverage,
     calibrate,
     nearest_answers,
+    other_texts,
     score_other_text,
     score_positions,
     score_text,
@@ -351,20 +352,28 @@ def calibrated(llama: Setup) -> tuple[Calibration, QuestionSplit]:
 def recalibrated(llama: Setup, split: QuestionSplit) -> Calibration:
     rows = np.arange(sum(window.num_rows for window in llama.windows))
     text = score_text(llama.backbone, llama.model.memory, llama.windows, rows)
-    return calibrate(llama.model, llama.backbone, QUESTIONS, llama.study, split, text, 0.5, seed=0)
+    others = other_texts(llama.backbone, seed=0)
+    return calibrate(
+        llama.model, llama.backbone, QUESTIONS, llama.study, split, text, others, 0.5, seed=0
+    )
+
+
+def scored(setup: Setup) -> HeldOutRows:
+    texts = other_texts(setup.backbone, seed=0)
+    return score_other_text(setup.backbone, setup.model.memory, texts)
 
 
 def test_other_text_is_hardly_harmed(
     llama: Setup, calibrated: tuple[Calibration, QuestionSplit]
 ) -> None:
-    other = score_other_text(llama.backbone, llama.model.memory, seed=0)
+    other = scored(llama)
     mixed = other.mixed(calibrated[0].gate, 1.0, asked=False)
     assert (other.p_base.log() - mixed.log()).mean().exp() <= MAX_HARM + 1e-6
 
 
 def test_other_text_is_the_base_models_own_whatever_its_settings(llama: Setup) -> None:
     def drawn() -> torch.Tensor:
-        return score_other_text(llama.backbone, llama.model.memory, seed=0).p_base
+        return scored(llama).p_base
 
     plain, model = drawn(), llama.backbone.model
     settings = model.generation_config
@@ -418,7 +427,7 @@ def test_without_the_limit_the_gate_is_better_than_any_constant_on_what_it_was_f
     rows = np.arange(sum(window.num_rows for window in llama.windows))
     memory = llama.model.memory
     text = score_text(llama.backbone, memory, llama.windows, rows)
-    other = score_other_text(llama.backbone, memory, seed=0)
+    other = scored(llama)
 
     def nll(gate: Gate | None, lambda_: float) -> float:
         """Corpus text and other text count alike."""

@@ -761,7 +761,8 @@ def test_the_memory_that_is_kept_does_other_text_no_harm(learned: Run) -> None:
     gate, backbone = memory.model.gate, memory.backbone
     assert gate is not None
     assert backbone is not None
-    other = calibrate.score_other_text(backbone, memory.model.memory, seed=0)
+    texts = calibrate.other_texts(backbone, seed=0)
+    other = calibrate.score_other_text(backbone, memory.model.memory, texts)
     values = json.loads((learned.out / WORK / "calibration" / "calibration.json").read_text())
     values.pop("perplexity")
     harm = [
