@@ -135,7 +135,7 @@ def distill(
     total = last_epoch * len(train_rows)
     on_progress(ProgressEvent(stage, epoch * len(train_rows), total, "rows"))
     kept = time.perf_counter()
-    while epoch < last_epoch and epoch - report.best_epoch < config.patience:
+    while not _ended(epoch, report.best_epoch, last_epoch, config.patience):
         started = time.perf_counter()
         losses = []
         for step, loss in _train_epoch(memory, lesson, train_rows, optimizer, config, epoch):
@@ -152,8 +152,8 @@ def distill(
         if validate is None or all(last < loss for loss in earlier):
             report.best_epoch = epoch
         report.seconds += time.perf_counter() - started
-        done_with = epoch == last_epoch or epoch - report.best_epoch >= config.patience
-        if done_with or validate is not None or time.perf_counter() - kept >= CHECKPOINT_SECONDS:
+        ended = _ended(epoch, report.best_epoch, last_epoch, config.patience)
+        if ended or validate is not None or time.perf_counter() - kept >= CHECKPOINT_SECONDS:
             _checkpoint(folder, memory, optimizer, report, epoch)
             kept = time.perf_counter()
     on_progress(ProgressEvent(stage, total, total, "rows"))
@@ -162,6 +162,11 @@ def distill(
     for path in (folder / name for name in LAST):  # three times the weights, and of no more use
         path.unlink(missing_ok=True)
     return report
+
+
+def _ended(epoch: int, best_epoch: int, last_epoch: int, patience: int) -> bool:
+    """Whether no epoch comes after so many."""
+    return epoch >= last_epoch or epoch - best_epoch >= patience
 
 
 def _train_epoch(
@@ -296,7 +301,7 @@ def _resume(
         return 0
     state = json.loads(path.read_text())
     epoch = int(state["epoch"])
-    ended = epoch >= last_epoch or epoch - state["best_epoch"] >= patience
+    ended = _ended(epoch, state["best_epoch"], last_epoch, patience)
     if not ended and not (folder / state["file"]).is_file():
         return 0  # a shorter training had ended here and kept only its best weights
     for name in asdict(report):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
 
@@ -27,9 +27,19 @@ def passages(text: str, words: int) -> Iterator[str]:
 
 def answering_sentence(text: str, question: str, answer: str) -> str | None:
     """The sentence with the answer that shares most words with the question; None without one."""
+    told = sentences(text)
+    best = best_answering(told, question, answer)
+    return None if best is None else told[best]
+
+
+def best_answering(told: Sequence[str], question: str, answer: str) -> int | None:
+    """Number of the first sentence with the answer that shares most words with the question.
+
+    None: none has the answer.
+    """
     asked = words_of(question)
-    holding = [s for s in sentences(text) if holds(s, answer)]
-    return max(holding, key=lambda s: len(asked & words_of(s)), default=None)
+    holding = [number for number, sentence in enumerate(told) if holds(sentence, answer)]
+    return max(holding, key=lambda number: len(asked & words_of(told[number])), default=None)
 
 
 def holds(sentence: str, answer: str) -> bool:

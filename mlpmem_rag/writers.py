@@ -12,7 +12,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError, CorpusError
 from mlpmem_rag.language_writer import LanguageModelWriter, base_model_completer
-from mlpmem_rag.passages import holds, sentences, words_of
+from mlpmem_rag.passages import best_answering, sentences
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.questions import BASE_MODEL, RULES, WRITERS, Question, QuestionWriter
 
@@ -104,10 +104,7 @@ class OwnQuestions:
         Raises:
             ConfigError: a line that is no question, by its number.
         """
-        told: dict[str, list[tuple[str, str]]] = {}
-        for document in documents:
-            found = ((sentence, document.id) for sentence in sentences(document.text))
-            told[document.id] = list(found)
+        told = {d.id: [(sentence, d.id) for sentence in sentences(d.text)] for d in documents}
         everywhere = list(chain.from_iterable(told.values()))
         for question, ids in self.parsed():
             named = [id_ for id_ in ids if id_ in told]
@@ -159,9 +156,8 @@ def _sourced(question: Question, told: Sequence[tuple[str, str]], named: Sequenc
 
     Where none has the answer, the question itself is in its place, of the document that was named.
     """
-    holding = [(sentence, id_) for sentence, id_ in told if holds(sentence, question.answer)]
-    if not holding:
+    best = best_answering([sentence for sentence, _ in told], question.text, question.answer)
+    if best is None:
         return replace(question, source=question.text, document="".join(named[:1]))
-    asked = words_of(question.text)
-    source, document = max(holding, key=lambda found: len(asked & words_of(found[0])))
+    source, document = told[best]
     return replace(question, source=source, document=document)

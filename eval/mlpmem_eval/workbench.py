@@ -246,9 +246,10 @@ class Workbench:
         path = self.work / f"tuning-{name}.jsonl"
         known = {entry["key"]: entry for entry in read_lines(path)}
         used: dict[str, float] = {}
+        common = {"versions": versions(), **settings}
 
         def asked(setting: S, question: str) -> str:
-            content = {"setting": _plain([setting]), "versions": versions(), **settings}
+            content = {"setting": _plain([setting]), **common}
             key = row_key(content, EvalQuestion(name, question, ()))
             if key not in known:
                 started = time.perf_counter()
