@@ -54,7 +54,7 @@ audit: ## ask for advisories about the locked versions; fails if there are some
 demo: setup ## train on the sample corpus, then ask it questions
 	bash examples/demo.sh
 
-bench: setup ## measure the speed of every stage (ten minutes), fill docs/performance.md
+bench: setup ## measure the speed of every stage (15 minutes to an hour), fill docs/performance.md
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks --page
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -93,15 +94,20 @@ def test_templates_are_the_librarys_own_prompts() -> None:
     )
 
 
-def test_halving_finds_the_best_and_asks_the_bad_ones_less() -> None:
-    asked: list[int] = []
+def only(right: int, asked: list[int]) -> Callable[[int, str], str]:
+    """One setting is right, always; who was asked is noted."""
 
     def ask(setting: int, question: str) -> str:
         asked.append(setting)
-        return "a map" if setting == 5 else "nothing"
+        return "a map" if setting == right else "nothing"
 
+    return ask
+
+
+def test_halving_finds_the_best_and_asks_the_bad_ones_less() -> None:
+    asked: list[int] = []
     questions = [EvalQuestion(str(n), f"{n}?", ("a map",)) for n in range(12)]
-    found = tune(ask, questions, range(8))
+    found = tune(only(5, asked), questions, range(8))
     assert found.best == 5
     assert asked.count(5) == 12
     assert asked.count(7) == 2
@@ -109,13 +115,8 @@ def test_halving_finds_the_best_and_asks_the_bad_ones_less() -> None:
 
 def test_few_candidates_are_asked_everything_in_the_end() -> None:
     asked: list[int] = []
-
-    def ask(setting: int, question: str) -> str:
-        asked.append(setting)
-        return "a map" if setting == 1 else "nothing"
-
     questions = [EvalQuestion(str(n), f"{n}?", ("a map",)) for n in range(12)]
-    assert tune(ask, questions, range(3)).best == 1
+    assert tune(only(1, asked), questions, range(3)).best == 1
     assert [asked.count(setting) for setting in range(3)] == [12, 12, 2]
 
 
