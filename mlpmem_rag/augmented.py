@@ -7,6 +7,7 @@ their distributions are mixed with the base's, is up to the children.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from mlpmem_rag.asked import Marks, asked_question, question_marks
 from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.few_rows import quicken
+from mlpmem_rag.few_rows import other_order, quicken
 from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.query_cache import cached_query, keep_query
 from mlpmem_rag.tap import Tap, tap_on
@@ -156,16 +157,17 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             logits_to_keep = _named(logits_to_keep, given)
         for tap in taps.values():
             tap.listen()
-        output = self.base(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with other_order() if taps and not torch.compiler.is_compiling() else nullcontext():
+            output = self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
         logits = output.logits
         if taps:
             states = {

@@ -30,6 +30,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer
 
 from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
+from mlpmem_rag.few_rows import other_order
 from mlpmem_rag.mixing import Share, mixture
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.tap import tap_on
@@ -272,6 +273,7 @@ class _LateCache(DynamicCache):
 
 
 @torch.inference_mode()
+@other_order()
 def generate_early(
     model: MLPMemForCausalLM,
     reading: Reading,

@@ -17,6 +17,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.datastore import length_buckets, pad
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.windows import Window
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 POOLED = "pooled"
 NONE = "none"
+PIECE = 4096
+"""Texts after which it is told how far all are."""
 
 Vectors = npt.NDArray[np.float32]
 
@@ -162,6 +165,18 @@ def check_encoder(encoder: QueryEncoder | None, name: str, width: int) -> None:
         )
 
 
-def encoded(encoder: QueryEncoder | None, texts: Sequence[str]) -> Vectors:
-    """Without an encoder, vectors of width 0."""
-    return np.zeros((len(texts), 0), np.float32) if encoder is None else encoder.encode(texts)
+def encoded(
+    encoder: QueryEncoder | None, texts: Sequence[str], on_progress: OnProgress = ignore_progress
+) -> Vectors:
+    """Vectors of many texts, as the stage `study` makes them; without an encoder, of width 0.
+
+    *Shape:* N texts -> (N, Q).
+    """
+    vectors = np.zeros((len(texts), encoder.size if encoder else 0), np.float32)
+    if encoder is None:
+        return vectors
+    for start in range(0, len(texts), PIECE):
+        piece = texts[start : start + PIECE]
+        vectors[start : start + len(piece)] = encoder.encode(piece)
+        on_progress(ProgressEvent("study", start + len(piece), len(texts), "vectors"))
+    return vectors

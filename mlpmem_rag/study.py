@@ -142,11 +142,11 @@ def study_rows(
         keys=keys,
         next_tokens=np.concatenate([runs.answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
-        query_vectors=encoded(encoder, [question.text for question in questions]),
+        query_vectors=encoded(encoder, [question.text for question in questions], on_progress),
         source_vectors=(
             np.zeros((len(distinct), encoder.size), np.float32)
             if isinstance(encoder, PooledEncoder)
-            else encoded(encoder, distinct)
+            else encoded(encoder, distinct, on_progress)
         ),
         sources=np.array([number_of[question.source] for question in questions], dtype=np.int32),
     )

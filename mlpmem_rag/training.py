@@ -343,8 +343,12 @@ class Stages:
                 )
                 if self._team.first:
                     rows.save(folder)
-                    tokenizer = prepared.backbone.tokenizer
-                    encode_contexts(encoder, tokenizer, prepared.windows).save(folder)
+                    encode_contexts(
+                        encoder,
+                        prepared.backbone.tokenizer,
+                        prepared.windows,
+                        on_progress=self._on_progress,
+                    ).save(folder)
                 self._team.wait()
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
 

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from mlpmem_rag import few_rows
-from mlpmem_rag.few_rows import FEW, Linear, quicken, same_bits
+from mlpmem_rag.few_rows import ExactLinear, Linear, other_order, quicken, same_bits
+
+FEW = few_rows.FEW[torch.bfloat16]
+MKL = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -60,9 +63,10 @@ def test_every_bit_is_torchs(
         (layer(8, 4), drawn(FEW + 1, 8)),
         (layer(8, 4), drawn(0, 8)),
         (layer(8, 4, bias=True), drawn(2, 8)),
-        (layer(8, 4).float(), drawn(2, 8, dtype=torch.float32)),
+        (layer(8, 4).float(), drawn(65, 8, dtype=torch.float32)),
+        (layer(8, 4).double(), drawn(2, 8, dtype=torch.float64)),
     ],
-    ids=["many rows", "no rows", "bias", "float32"],
+    ids=["many rows", "no rows", "bias", "many rows, float32", "float64"],
 )
 def test_what_is_left_to_torch(made: Linear, x: Tensor, exchanged: list[int]) -> None:
     with torch.inference_mode():
@@ -102,3 +106,38 @@ def test_a_quickened_model_says_the_same(family_folder: Path) -> None:
     with torch.inference_mode():
         assert torch.equal(quick(ids).logits, plain(ids).logits)
     assert quick.state_dict().keys() == plain.state_dict().keys()
+
+
+@MKL
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(1,), (1, 1), (2,), (3, 5), (64,)], ids=str)
+def test_float32_is_right_in_another_order(
+    lead: tuple[int, ...], bias: bool, exchanged: list[int]
+) -> None:
+    made = layer(576, 192, bias=bias).float()
+    x = drawn(*lead, 576, seed=1, dtype=torch.float32)
+    with torch.inference_mode():
+        found = made(x)
+        right = F.linear(x.double(), made.weight.double(), made.bias.double() if bias else None)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-4)
+    assert exchanged == [x.numel() // 576]
+
+
+@MKL
+def test_a_quickened_model_in_float32_is_exact_outside_another_order(
+    family_folder: Path, exchanged: list[int]
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(family_folder, dtype=torch.float32)
+    quick = copy.deepcopy(plain)
+    quicken(quick)
+    ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(quick(ids).logits, plain(ids).logits)
+        assert not exchanged
+        with other_order():
+            torch.testing.assert_close(quick(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+        assert bool(exchanged) == any(isinstance(m, ExactLinear) for m in quick.modules())
+        exchanged.clear()
+        quick(ids)
+    assert not exchanged

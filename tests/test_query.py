@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from mlpmem_rag import query
 from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.embedded import MINILM, MINILM_PIP, embedded_model_path
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.query import load_encoder
+from mlpmem_rag.progress import ProgressEvent
+from mlpmem_rag.query import POOLED, encoded, load_encoder
 
 TEXTS = ["Where is Vega?", "A much longer question: how far away is the brightest star of Lyra?"]
 
@@ -81,6 +83,24 @@ def test_pooled_takes_empty_and_over_long_texts(bare_folder: Path) -> None:
     empty, long = encoder.encode(["", "lyra " * 500])
     assert not empty.any()
     assert np.linalg.norm(long) == pytest.approx(1, abs=1e-5)
+
+
+def test_many_texts_are_encoded_in_pieces_that_are_told(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query, "PIECE", 2)
+    encoder = load_encoder(POOLED, tiny_backbone)
+    assert encoder is not None
+    texts = ["the longest of all these texts", "a", "middle of them", "", "the b"]
+    told: list[ProgressEvent] = []
+    found = encoded(encoder, texts, told.append)
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert [(event.done, event.total, event.unit) for event in told] == [
+        (done, 5, "vectors") for done in (2, 4, 5)
+    ]
+    assert encoded(None, texts, told.append).shape == (5, 0)
+    assert len(told) == 3
 
 
 def test_none_is_no_encoder(tiny_backbone: Backbone) -> None:

@@ -170,7 +170,8 @@ def test_a_team_writes_the_file_of_one_process(
 
     with ThreadPoolExecutor(2) as processes:
         both = list(processes.map(study, range(2)))
-    done = [[(event.done, event.total) for event in mine] for mine in events]
+    asked = [[event for event in mine if event.unit == "questions"] for mine in events]
+    done = [[(event.done, event.total) for event in mine] for mine in asked]
     assert done == [[(1, 2), (2, 2)], [(1, 1)]], "the first leaves rows to the second"
     for found in both:
         assert np.asarray(found.keys).any(1).all()
@@ -207,7 +208,10 @@ def test_progress_counts_questions_that_have_rows(tiny_backbone: Backbone) -> No
     events: list[ProgressEvent] = []
     asked = [*QUESTIONS, Question("ledger " * 400, "a clerk", "s", "a")]
     study_rows(tiny_backbone, CountingEncoder(), asked, on_progress=events.append)
-    assert events[-1] == ProgressEvent("study", 3, 3, "questions")
+    told = [event for event in events if event.unit == "questions"]
+    assert told[-1] == ProgressEvent("study", 3, 3, "questions")
+    texts = [(event.done, event.total) for event in events[len(told) :]]
+    assert texts == [(4, 4), (3, 3)], "questions, and the text that answers them"
 
 
 def test_no_questions_are_refused(tiny_backbone: Backbone) -> None:
