@@ -13,12 +13,13 @@ from llama_index.core import Document
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import MetadataMode
 
-from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MLPMemIndex
+from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MLPMemIndex, base
 from llama_index.indices.managed.mlpmem.attribution import LABEL, TRACED
 from llama_index.llms.mlpmem import MLPMemLLM
 from llama_index.llms.mlpmem.loading import reload
-from mlpmem_rag.errors import ConfigError, CorpusError
+from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError
 from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.pipeline import train
 
 QUESTION = "In the observatory,"
 NEWS = "In the observatory, Ada Quill counted nine comets. Nobody else was awake that night!"
@@ -176,6 +177,94 @@ def test_everything_made_before_asks_the_new_memory(plain: MLPMemIndex, tmp_path
     # One model is loaded, not two: another LLM of this folder finds the one that was renewed.
     assert MLPMemLLM(plain.memory_folder, device="cpu", dtype="float32").model is shared.model
     assert shared.complete(QUESTION).text == expected
+
+
+def test_what_changes_during_a_training_is_stale_after_it(
+    plain: MLPMemIndex, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service trains in a thread while documents come and go."""
+    plain.insert(Document(text=NEWS, doc_id="news"))
+    original = base.train_memory
+    seen: list[dict[str, str]] = []
+
+    def meanwhile(*args: Any) -> dict[str, str]:  # noqa: ANN401
+        names: dict[str, str] = original(*args)
+        plain.insert(Document(text="In the late train, a hat was found.", doc_id="late"))
+        plain.update_ref_doc(Document(text=NEWS, doc_id="doc-0"))
+        plain.delete_ref_doc("doc-1", delete_from_docstore=True)
+        plain.update_ref_doc(Document(text=f"{NEWS} Twice.", doc_id="doc-2"))
+        plain.update_ref_doc(documents[2])
+        seen.append(plain.stale)
+        return names
+
+    monkeypatch.setattr(base, "train_memory", meanwhile)
+    plain.retrain()
+    assert seen[0]["news"] == "inserted", "until the new memory answers, the old one is told of"
+    expected = {"late": "inserted", "doc-0": "changed", "doc-1": "deleted"}
+    assert plain.stale == MLPMemIndex.load(plain.memory_folder, device="cpu").stale == expected
+    monkeypatch.undo()
+    # Back as the memory has learned them: nothing is left to learn.
+    plain.update_ref_doc(documents[0])
+    plain.insert(documents[1])
+    plain.delete_ref_doc("late", delete_from_docstore=True)
+    assert plain.stale == {}
+
+
+def test_a_memory_that_cannot_be_loaded_again_leaves_the_notes(
+    plain: MLPMemIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.insert(Document(text=NEWS, doc_id="news"))
+
+    def fail(_: object) -> None:
+        raise ArtifactError("no")
+
+    monkeypatch.setattr(base, "reload", fail)
+    with pytest.raises(ArtifactError, match="no"):
+        plain.retrain()
+    assert plain.stale == {"news": "inserted"}
+
+
+def test_other_metadata_is_no_change(plain: MLPMemIndex, documents: list[Document]) -> None:
+    """Readers of files put dates there; of metadata only the title is learned."""
+    touched = Document(
+        text=documents[3].text, doc_id="doc-3", metadata={"last_modified_date": "2026-11-28"}
+    )
+    named = Document(text=documents[4].text, doc_id="doc-4", metadata={"title": "The Mill"})
+    assert plain.refresh_ref_docs([touched, named]) == [True, True]
+    assert plain.stale == {"doc-4": "changed"}
+    plain.refresh_ref_docs([documents[4]])
+    assert plain.stale == {}
+
+
+def test_an_index_of_an_earlier_version_knows_its_documents(
+    plain: MLPMemIndex, documents: list[Document]
+) -> None:
+    """It has kept LlamaIndex's hashes."""
+    struct = plain.index_struct
+    struct.documents = {document.doc_id: document.hash for document in documents}
+    plain.update_ref_doc(Document(text=NEWS, doc_id="doc-3"))
+    assert plain.stale == {"doc-3": "changed"}
+    plain.update_ref_doc(documents[3])
+    assert plain.stale == {}
+
+
+def test_a_memory_trained_anew_by_others_is_not_taken_for_the_indexs(
+    plain: MLPMemIndex, training: dict[str, Any], documents: list[Document], tmp_path: Path
+) -> None:
+    engine = plain.as_query_engine()
+    assert (engine.query(QUESTION).metadata or {})["mlpmem"]["attribution"] == TRACED
+    other = tmp_path / "other.txt"
+    other.write_text(f"{NEWS} " * 8)
+    train(str(other), out=plain.memory_folder, **training)
+    # The one that is loaded does not take the other's rows for its own.
+    again = MLPMemIndex.load(plain.memory_folder, device="cpu", dtype="float32")
+    plain._rows._opened_for = None
+    assert plain._rows() is None
+    assert again.stale == dict.fromkeys((d.doc_id for d in documents), "unknown")
+    again.update_ref_doc(documents[0])
+    assert again.stale["doc-0"] == "changed"
+    again.retrain()
+    assert again.stale == {}
 
 
 def test_a_memory_first_engine_takes_a_new_memorys_answers_again(

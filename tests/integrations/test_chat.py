@@ -94,6 +94,16 @@ def test_one_question_is_made_of_the_conversation_by_the_base_model(
     assert str(talk(chat, way, QUESTION)) == RIGHT  # a first message is asked as it is
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_chat_tells_what_the_query_engine_tells(index: MLPMemIndex, asynchronous: bool) -> None:
+    chat: Any = index.as_chat_engine()
+    question = "Who found wild honey in the old mill?"
+    response = asyncio.run(chat.achat(question)) if asynchronous else chat.chat(question)
+    told = response.metadata["mlpmem"]
+    assert told["route"] == "memory"
+    assert told["confidence"] > 0
+
+
 def test_a_simple_chat_continues_the_history(index: MLPMemIndex) -> None:
     chat = index.as_chat_engine(
         chat_mode="simple", chat_history=list(SAID), system_prompt="Be brief."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +96,29 @@ def test_inserted_and_deleted_documents_are_for_the_other(index: MLPMemIndex, ke
     index.delete_ref_doc("doc-7", delete_from_docstore=True)
     assert "doc-7 (deleted)" in told(QUESTION)["why"]
     assert index.stale == {"doc-3": "deleted", "doc-7": "deleted"}
+
+
+def test_a_new_document_about_something_else_touches_no_answer(index: MLPMemIndex) -> None:
+    """In an index on a memory alone, what was inserted is all that can be found."""
+    alone = MLPMemIndex.from_memory(index.memory_folder, device="cpu", max_new_tokens=16)
+    vectors = {"Bicycles": [0.0, 1.0], "wild honey": [1.0, 0.0], "another name": [0.8, 0.6]}
+
+    class Encoder:
+        name, size = "fake", alone.llm.model.model.query_size
+
+        def encode(self, texts: Sequence[str]) -> Any:  # noqa: ANN401
+            found = [next((v for k, v in vectors.items() if k in t), [1.0, 0.0]) for t in texts]
+            return np.pad(np.array(found, np.float32), ((0, 0), (0, self.size - 2)))
+
+    alone.llm.model.encoder = Encoder()
+    engine = alone.as_query_engine()
+    question = "Who found wild honey in the old mill?"
+    alone.insert(Document(text="Bicycles are mended on Fridays.", doc_id="bike"))
+    told = (engine.query(question).metadata or {})["mlpmem"]
+    assert (told["stale_documents"], told["touched_stale"]) == ({"bike": "unknown"}, [])
+    alone.insert(Document(text="The finder had another name.", doc_id="news"))
+    told = (engine.query(question).metadata or {})["mlpmem"]
+    assert told["touched_stale"] == ["news"]
 
 
 def test_what_is_deleted_and_inserted_is_stale_until_it_is_as_before(

@@ -27,11 +27,14 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import MetadataMode
+from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
+from llama_index.core.storage.index_store.keyval_index_store import KVIndexStore
+from llama_index.core.storage.kvstore import SimpleKVStore
 
 from llama_index.indices.managed.mlpmem import MLPMemIndex
 from llama_index.indices.managed.mlpmem.attribution import LABEL, SIMILAR, TAUGHT, TRACED
 from llama_index.llms.mlpmem import MLPMemLLM
-from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError
+from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError, OutputError
 from mlpmem_rag.export import export_memory
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import ProgressEvent
@@ -85,6 +88,9 @@ def test_without_a_name_a_memory_is_found_by_its_documents(
     MLPMemIndex.from_documents(documents[1:], **training)
     MLPMemIndex.from_documents(documents, **training)
     assert len(list(tmp_path.iterdir())) == 2
+    other = MLPMemIndex.from_documents(documents, **training, seed=7)
+    assert other.memory_folder != index.memory_folder, "other settings, another memory"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_documents_that_were_read_again_find_their_memory(
@@ -195,6 +201,35 @@ def test_the_generic_loader_gives_a_memory_index(index: MLPMemIndex, tmp_path: P
     )
     assert done.returncode
     assert "mlpmem" in done.stderr  # not a vector store's index in silence
+
+
+def test_an_index_is_not_stored_over_other_files(index: MLPMemIndex, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/README.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds no memory \(README.md\)"):
+        index.persist(tmp_path / "project")
+    assert (tmp_path / "project/README.md").read_text() == "mine"
+    assert len(list((tmp_path / "project").iterdir())) == 1
+
+
+def test_stores_of_ones_own_are_given_again(
+    documents: list[Document], training: dict[str, Any], tmp_path: Path
+) -> None:
+    """Such as write themselves, so that `persist` has nothing to write."""
+    own = StorageContext.from_defaults(
+        docstore=KVDocumentStore(SimpleKVStore()), index_store=KVIndexStore(SimpleKVStore())
+    )
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, part in zip(folders, (documents[:9], documents[9:]), strict=True):
+        MLPMemIndex.from_documents(part, storage_context=own, out=folder, **training)
+    with pytest.raises(ArtifactError, match=r"is missing.*storage_context="):
+        MLPMemIndex.load(folders[0])
+    for folder, part in zip(folders, (documents[:9], documents[9:]), strict=True):
+        loaded = MLPMemIndex.load(folder, storage_context=own, device="cpu")
+        assert set(loaded.ref_doc_info) == {document.doc_id for document in part}
+        assert loaded.memory_folder == folder.resolve()
+    with pytest.raises(ArtifactError, match="holds 0 indexes of the memory"):
+        MLPMemIndex.load(folders[0], storage_context=StorageContext.from_defaults())
 
 
 def test_a_memory_without_an_index_is_told_apart(chat_memory: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from llama_index.llms.mlpmem import MLPMemLLM
 from llama_index.llms.mlpmem.loading import reload
 from mlpmem_rag.backbone import load_backbone
 from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.memory_model import MemoryModel
 
 QUESTION = "What was found in the old mill?"
@@ -381,6 +382,18 @@ def test_objects_of_one_folder_share_the_model(chat_memory: Path) -> None:
     second = MLPMemLLM(str(chat_memory), device="cpu", lambda_=0.0)
     assert first.model is second.model
     assert (first.mixing_weight, second.mixing_weight) == (0.2, 0.0)
+
+
+def test_however_the_place_is_said_the_model_is_the_same(chat_memory: Path) -> None:
+    said: list[dict[str, Any]] = [{}, {"device": "cpu"}, {"dtype": "float32"}]
+    if not torch.cuda.is_available() and not has_bfloat16(torch.device("cpu")):
+        llms = [MLPMemLLM(chat_memory, **fields) for fields in said]
+        assert len({id(llm.model) for llm in llms}) == 1
+    first, second = (MLPMemLLM(chat_memory, device="cpu", dtype=d) for d in ("float32", "bfloat16"))
+    both = [first.model.model, second.model.model]
+    reload(first.model)
+    assert not {id(first.model.model), id(second.model.model)} & set(map(id, both))
+    assert second.model.model.dtype == torch.bfloat16
 
 
 def test_a_folder_trained_anew_is_loaded_anew(chat_memory: Path, tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from llama_index.core import Document, PromptTemplate
-from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.agent.workflow import ToolCallResult
+from llama_index.core.base.response.schema import Response
+from llama_index.core.bridge.pydantic import BaseModel, TypeAdapter
+from llama_index.core.instrumentation.events.query import QueryEndEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.tools import ToolOutput
 
 from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MLPMemIndex
 from llama_index.indices.managed.mlpmem.attribution import LABEL, SIMILAR, TAUGHT, TRACED
+from llama_index.indices.managed.mlpmem.lazy import LazyNodes
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.prompts import answer_ids
@@ -78,6 +84,30 @@ def test_lazy_sources_are_used_like_a_list(
 
 
 # Answers without text, and objects.
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_a_response_with_lazy_sources_becomes_json(index: MLPMemIndex) -> None:
+    """As events that go to a front end, and the outputs of agents' tools, do."""
+    question = "Who found wild honey in the old mill?"
+    eager = index.as_query_engine(attribution="eager").query(question).source_nodes[0]
+    response: Any = index.as_query_engine().query(question)
+    assert isinstance(response.source_nodes, LazyNodes)
+    output = ToolOutput(content="", tool_name="memory", raw_input={}, raw_output=response)
+    result = ToolCallResult(
+        tool_name="memory", tool_kwargs={}, tool_id="1", tool_output=output, return_direct=False
+    )
+    event = QueryEndEvent(query=question, response=response)
+    kinds = [
+        json.loads(output.model_dump_json())["raw_output"],
+        json.loads(result.model_dump_json())["tool_output"]["raw_output"],
+        json.loads(TypeAdapter(Response).dump_json(response)),
+        json.loads(event.model_dump_json())["response"],
+    ]
+    for kind in kinds:
+        (source,) = kind["source_nodes"]
+        assert source["node"]["id_"] == eager.node.node_id
+        assert source["score"] == pytest.approx(eager.score)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 
 from mlpmem_rag.artifact import MANIFEST
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.hardware import dtype_name
+from mlpmem_rag.hardware import dtype_name, resolve_device, resolve_dtype
 from mlpmem_rag.memory_model import MemoryModel
 
 _Key = tuple[str, str, str | None, str, str]
@@ -26,8 +26,9 @@ def shared_model(
         ArtifactError: the folder is missing, damaged, or belongs to another base model.
         BaseModelError: the base model cannot be loaded.
     """
-    path = Path(folder)
-    key = (str(path.resolve()), _digest(path), base_model, device, dtype)
+    path, place = Path(folder), resolve_device(device)
+    number = dtype_name(resolve_dtype(dtype, place))
+    key = (str(path.resolve()), _digest(path), base_model, str(place), number)
     with _lock:
         memory = _loaded.get(key)
         if memory is None:
@@ -52,7 +53,7 @@ def check_loaded(memory: MemoryModel, *, device: str, dtype: str) -> None:
 
 
 def reload(memory: MemoryModel) -> None:
-    """Have a loaded memory be what its folder holds now, for all who use it.
+    """Have a loaded memory, and others of its folder, be what that holds now, for all who use them.
 
     Raises:
         ArtifactError: the folder is missing or damaged.
@@ -61,14 +62,16 @@ def reload(memory: MemoryModel) -> None:
     """
     if memory.folder is None:
         raise ConfigError("only a memory that was loaded from a folder can be loaded again")
-    place, dtype = memory.model.device.type, dtype_name(memory.model.dtype)
+    folder = memory.folder
     with _lock:
-        memory.become(MemoryModel.load(memory.folder, device=place, dtype=dtype))
-        digest = _digest(memory.folder)
-        for key, loaded in list(_loaded.items()):
-            if loaded is memory:
-                del _loaded[key]  # the old content may come back
-                _loaded[key[0], digest, *key[2:]] = memory
+        digest, here = _digest(folder), str(folder.resolve())
+        same = {key: loaded for key, loaded in _loaded.items() if key[0] == here}
+        for loaded in {id(m): m for m in (memory, *same.values())}.values():
+            place, dtype = str(loaded.model.device), dtype_name(loaded.model.dtype)
+            loaded.become(MemoryModel.load(folder, device=place, dtype=dtype))
+        for key, loaded in same.items():
+            del _loaded[key]  # the old content may come back
+            _loaded[here, digest, *key[2:]] = loaded
 
 
 def _digest(folder: Path) -> str:

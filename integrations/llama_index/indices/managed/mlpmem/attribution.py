@@ -82,13 +82,6 @@ class Attribution:
             for item in found
         ]
 
-    def documents(self, asked: AnsweredQuery) -> set[str]:
-        """Documents that the rows behind an answer come from."""
-        if (rows := self._rows_for(asked)) is None:
-            return set()
-        origins = self._origins(asked, rows)
-        return {rows.document(origin) for _, origin in origins if origin is not None}
-
     def sources(self, asked: AnsweredQuery, top_k: int) -> list[NodeWithScore]:
         """The nodes that taught an answer, scored by the share of its tokens that they hold."""
         if (rows := self._rows_for(asked)) is None:
@@ -116,15 +109,24 @@ class Attribution:
     def staleness(self, asked: AnsweredQuery, top_k: int) -> dict[str, Any]:
         """Which documents are stale, and which of them an answer has to do with.
 
-        New text is found by its likeness to question and answer; text that is gone by the rows
-        it left. Where these were not kept, an answer may come from any deleted document.
+        New text is found by its likeness to question and answer: half as like as the nearest text
+        that was learned, or more. Text that is gone is found by the rows it left. Where these were
+        not kept, an answer may come from any deleted document.
         """
         stale = dict(self.stale())
         if not stale:
             return {"stale_documents": {}, "touched_stale": []}
-        touched = self.documents(asked)
+        text = f"{asked.query_str} {asked.answer}".strip()
         similar = self.similar(asked.query_str, asked.answer, top_k)
-        touched |= {document_id(found.node) for found in similar}
+        like = [found.get_score() for found in similar if document_id(found.node) not in stale]
+        touched: set[str] = set()
+        if (rows := self._rows_for(asked)) is not None:
+            origins = {origin for _, origin in self._origins(asked, rows) if origin is not None}
+            touched = {rows.document(origin) for origin in origins}
+            taught = {rows.text(origin, self.model) for origin in origins}
+            like += self.search.likeness(sorted(taught), text)
+        enough = max([0.0, *like]) / 2
+        touched |= {document_id(found.node) for found in similar if found.get_score() >= enough}
         if self.rows() is None:
             touched |= {name for name, why in stale.items() if why == "deleted"}
         return {"stale_documents": stale, "touched_stale": sorted(touched & set(stale))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from llama_index.indices.managed.mlpmem.documents import (
     corpus_of_documents,
     corpus_of_nodes,
     document_id,
+    learned_digest,
+    node_digests,
 )
 from llama_index.indices.managed.mlpmem.refused import (
     check_loading,
@@ -37,9 +40,10 @@ from llama_index.indices.managed.mlpmem.training import config_of, memory_folder
 from llama_index.llms.mlpmem import MLPMemLLM
 from llama_index.llms.mlpmem.loading import reload
 from mlpmem_rag.artifact import load_manifest
-from mlpmem_rag.checkpoint import copy_memory, open_folder
+from mlpmem_rag.checkpoint import open_folder
 from mlpmem_rag.config import resolve_config
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.export import export_memory
 from mlpmem_rag.progress import OnProgress
 
 
@@ -98,6 +102,7 @@ class MLPMemIndex(ChangingIndex):
             build = {"out": out, "llm": llm, "on_progress": on_progress, **options}
         else:
             check_loading(llm, options, out=out, on_progress=on_progress)
+        self._changing = threading.RLock()
         super().__init__(
             nodes=nodes,
             index_struct=index_struct,
@@ -112,6 +117,7 @@ class MLPMemIndex(ChangingIndex):
         if index_struct is None:
             settings = {n: v for n, v in options.items() if n in ("device", "dtype")}
         folder = self.memory_folder
+        self._index_struct.run = load_manifest(folder).run  # of what is loaded now
         self._llm = MLPMemLLM(folder, **settings) if llm is None else check_own(llm, folder)
         self._search = NodeSearch(self._llm.model)
         self._stored = StoredNodes(self._docstore)
@@ -153,7 +159,7 @@ class MLPMemIndex(ChangingIndex):
             llm=llm,
             on_progress=on_progress,
             corpus=corpus,
-            learned={document.id_: document.hash for document in documents},
+            learned={document.id_: learned_digest(document) for document in documents},
             **options,
         )
         index.persist()
@@ -185,17 +191,26 @@ class MLPMemIndex(ChangingIndex):
         )
 
     @classmethod
-    def load(cls, folder: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
+    def load(
+        cls,
+        folder: str | Path,
+        storage_context: StorageContext | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Self:
         """An index that `from_documents` or `persist` has written.
+
+        Where the memory was trained anew since, by `mlpmem-rag train` for instance, all its
+        documents are marked `unknown`.
 
         Args:
             folder: the memory with the index in it; it may have been moved.
+            storage_context: stores of one's own, if the index was made with them.
             **kwargs: as for `from_memory`.
 
         Raises:
             ArtifactError: the folder holds no index.
         """
-        struct, context = stored_index(Path(folder))
+        struct, context = stored_index(Path(folder), storage_context)
         struct.memory = str(Path(folder).resolve())
         return cls(index_struct=struct, storage_context=context, **kwargs)
 
@@ -204,28 +219,34 @@ class MLPMemIndex(ChangingIndex):
 
         Args:
             folder: where to; None: the memory's own folder. Elsewhere the memory is copied,
-                without the training's rows.
+                without the training's rows. Stores of one's own that keep themselves elsewhere
+                are not written.
 
         Returns:
             The folder, for `load`.
+
+        Raises:
+            OutputError: the folder holds something else than a memory.
         """
         own = Path(self.memory_folder)
         target = Path(folder) if folder is not None else own
         if target.resolve() != own.resolve():
-            copy_memory(open_folder(own), target)
+            export_memory(own, target, merge_base=open_folder(own).merged)
+        self._storage_context.index_store.add_index_struct(self._index_struct)
         self._storage_context.persist(str(target / STORES))
         return target
 
     def retrain(self, show_progress: bool = False, on_progress: OnProgress | None = None) -> None:
-        """Learn the documents as they are now; nothing is stale afterwards.
+        """Learn the documents as they are now; only what changes meanwhile is stale afterwards.
 
-        Every engine, retriever and LLM on this memory asks the new one from then on.
+        Every engine, retriever and LLM on this memory asks the new one from then on. Documents
+        may come and go while it runs.
 
         Raises:
             CorpusError: no text is left to train on.
             ConfigError: the index does not hold what its memory has learned.
         """
-        nodes, struct = self._nodes(), self._index_struct
+        struct = self._index_struct
         if not struct.documents:
             raise ConfigError(
                 f"this index was made from the memory {struct.memory} alone and does not hold what "
@@ -235,12 +256,16 @@ class MLPMemIndex(ChangingIndex):
         config = config_of(load_manifest(self.memory_folder).training)
         if self._llm.base_model is not None:  # it is no longer where it was in training
             config = replace(config, base_model=self._llm.base_model)
-        struct.names = train_memory(
+        with self._changing:
+            nodes = self._nodes()
+            documents, before = self._digests(nodes), node_digests(nodes)
+        names = train_memory(
             corpus_of_nodes(nodes), self.memory_folder, config, show_progress, on_progress
         )
-        struct.documents, struct.stale = self._hashes(nodes), {}
-        self._storage_context.index_store.add_index_struct(struct)
         reload(self._llm.model)
+        with self._changing:
+            struct.run, struct.names = load_manifest(self.memory_folder).run, names
+            struct.learned(documents, before, node_digests(self._nodes()))
         self.persist()
 
     # What BaseIndex asks for.
@@ -257,12 +282,12 @@ class MLPMemIndex(ChangingIndex):
         **options: Any,  # noqa: ANN401
     ) -> MLPMemIndexStruct:
         corpus = corpus or corpus_of_nodes(nodes)
-        if learned is None:
-            learned = self._hashes(nodes)
+        names = sorted({document_id(node) for node in nodes})
         struct = MLPMemIndexStruct(
-            memory=str(memory_folder(out, corpus.corpus).resolve()),
+            memory=str(memory_folder(out, corpus.corpus, options).resolve()),
             nodes=[node.node_id for node in nodes],
-            documents=learned,
+            documents=dict.fromkeys(names, "") if learned is None else learned,
+            present=dict(learned or {}),
         )
         config = resolve_config(None, options)
         if llm is not None:
@@ -270,12 +295,13 @@ class MLPMemIndex(ChangingIndex):
         struct.names = train_memory(
             corpus, Path(struct.memory), config, self._show_progress, on_progress
         )
+        struct.run = load_manifest(Path(struct.memory)).run
         return struct
 
-    def _hashes(self, nodes: Sequence[BaseNode]) -> dict[str, str]:
-        """Documents of nodes; the hash is empty where only nodes were given."""
-        names = {document_id(node) for node in nodes}
-        return {name: self._docstore.get_document_hash(name) or "" for name in sorted(names)}
+    def _digests(self, nodes: Sequence[BaseNode]) -> dict[str, str]:
+        """Documents of nodes; the digest is empty where only nodes were given."""
+        names = sorted({document_id(node) for node in nodes})
+        return {name: self._index_struct.present.get(name, "") for name in names}
 
 
 _indexes: dict[Any, type[BaseIndex[Any]]] = registry.INDEX_STRUCT_TYPE_TO_INDEX_CLASS

@@ -8,7 +8,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.chat_engine import CondenseQuestionChatEngine, SimpleChatEngine
 from llama_index.core.chat_engine.condense_question import DEFAULT_PROMPT
-from llama_index.core.chat_engine.types import StreamingAgentChatResponse
+from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
 from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.prompts import BasePromptTemplate
 
@@ -20,6 +20,18 @@ from mlpmem_rag.errors import ConfigError
 
 class MemoryChatEngine(CondenseQuestionChatEngine):
     """Makes one question of a conversation; a stream's sources are there when it has ended."""
+
+    def chat(
+        self, message: str, chat_history: list[ChatMessage] | None = None
+    ) -> AgentChatResponse:
+        """Answer."""
+        return _told(super().chat(message, chat_history))
+
+    async def achat(
+        self, message: str, chat_history: list[ChatMessage] | None = None
+    ) -> AgentChatResponse:
+        """Like `chat`; the event loop stays free."""
+        return _told(await super().achat(message, chat_history))
 
     def stream_chat(
         self, message: str, chat_history: list[ChatMessage] | None = None
@@ -100,4 +112,11 @@ def _with_sources(response: StreamingAgentChatResponse) -> StreamingAgentChatRes
     """The list that the query engine fills at the end: LlamaIndex has copied it before."""
     (tool,) = response.sources
     response.source_nodes = tool.raw_output.source_nodes
+    return response
+
+
+def _told(response: AgentChatResponse) -> AgentChatResponse:
+    """With what the query engine has told of its answer."""
+    (tool,) = response.sources
+    response.metadata = tool.raw_output.metadata
     return response

@@ -55,13 +55,31 @@ def corpus_of_nodes(nodes: Iterable[BaseNode]) -> NamedCorpus:
     Raises:
         CorpusError: no node holds text.
     """
+    return _named(
+        Record(text=joined(group), title=_title(group[0]), id=document)
+        for document, group in _by_document(nodes).items()
+    )
+
+
+def learned_digest(document: BaseNode) -> str:
+    """Tells whether a document says the same as before: its title and its words, nothing else."""
+    words = " ".join(document.get_content(metadata_mode=MetadataMode.NONE).split())
+    return hashlib.sha256(f"{_title(document)}\n{words}".encode(errors="replace")).hexdigest()
+
+
+def node_digests(nodes: Iterable[BaseNode]) -> dict[str, str]:
+    """The same of documents as their nodes have them: id of the document -> digest."""
+    return {
+        document: learned_digest(TextNode(text=joined(group), metadata={"title": _title(group[0])}))
+        for document, group in _by_document(nodes).items()
+    }
+
+
+def _by_document(nodes: Iterable[BaseNode]) -> dict[str, list[BaseNode]]:
     parts: dict[str, list[BaseNode]] = {}
     for node in nodes:
         parts.setdefault(document_id(node), []).append(node)
-    return _named(
-        Record(text=joined(group), title=_title(group[0]), id=document)
-        for document, group in parts.items()
-    )
+    return parts
 
 
 def _named(records: Iterable[Record]) -> NamedCorpus:

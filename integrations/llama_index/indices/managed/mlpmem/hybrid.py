@@ -20,7 +20,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
 from llama_index.indices.managed.mlpmem.synthesizer import KEY, Details, answer_of, details_of
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.scoring import exact_match
+from mlpmem_rag.scoring import token_f1
 
 dispatcher = get_dispatcher(__name__)
 
@@ -88,13 +88,14 @@ class MemoryFirstQueryEngine(BaseQueryEngine):
     def fit_threshold(
         self,
         questions: Sequence[tuple[str, Sequence[str]]],
-        grade: Grade = exact_match,
+        grade: Grade = token_f1,
     ) -> ThresholdFit:
         """Set the threshold to the one with the best answers; of equal ones, the lowest.
 
         Args:
             questions: each with its right answers; none that the memory was taught with.
-            grade: how right an answer is.
+            grade: how right an answer is. Token F1 has something for whole sentences, which
+                retrieval with LlamaIndex's prompts answers in; exact match has nothing.
 
         Raises:
             ConfigError: there are no questions, or the memory has no confidence.

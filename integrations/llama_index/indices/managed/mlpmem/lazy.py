@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 from llama_index.core.schema import NodeWithScore
+from pydantic_core import SchemaSerializer, core_schema
 
 
 class LazyNodes(Sequence[NodeWithScore]):
@@ -52,6 +53,11 @@ class LazyNodes(Sequence[NodeWithScore]):
         if not isinstance(other, list | LazyNodes):
             return NotImplemented
         return self._nodes() == list(other)
+
+    # What pydantic asks of a value of a kind it does not expect: a response as JSON has them too.
+    __pydantic_serializer__ = SchemaSerializer(
+        core_schema.any_schema(serialization=core_schema.plain_serializer_function_ser_schema(list))
+    )
 
     __hash__ = None  # type: ignore[assignment]  # like a list
 

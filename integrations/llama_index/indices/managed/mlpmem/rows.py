@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_index.indices.managed.mlpmem.struct import MLPMemIndexStruct
+from mlpmem_rag.artifact import load_manifest
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.provenance import Origin, Provenance
@@ -64,6 +65,15 @@ class KeptRows:
         """The rows; None: they were not kept."""
         with self._lock:
             if self._opened_for is not self._model.model:
-                self._rows = Rows.open(Path(self._struct.memory), self._struct.names)
+                self._rows = self._open()
                 self._opened_for = self._model.model
             return self._rows
+
+    def _open(self) -> Rows | None:
+        folder = Path(self._struct.memory)
+        try:
+            if load_manifest(folder).run != self._struct.run:
+                return None  # trained anew by somebody else: rows of another memory
+        except ArtifactError:
+            return None
+        return Rows.open(folder, self._struct.names)

@@ -96,6 +96,14 @@ class NodeSearch:
         best = np.argsort(-scores, kind="stable")[:top_k]
         return [NodeWithScore(node=nodes[n], score=float(scores[n])) for n in best]
 
+    def likeness(self, texts: Sequence[str], text: str) -> list[float]:
+        """Cosines of texts that are no nodes; of nothing where words are compared."""
+        encoder = self._model.encoder
+        if encoder is None or not texts:
+            return []
+        one, *others = encoder.encode([text, *texts])
+        return [float(other @ one) for other in others]
+
     def _by_vectors(self, encoder: QueryEncoder, nodes: Sequence[BaseNode], text: str) -> Scores:
         if nodes is not self._nodes:
             self._nodes, self._matrix = nodes, self._encoded(encoder, nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -23,16 +24,21 @@ class MLPMemIndexStruct(IndexStruct):
     Attributes:
         memory: folder of the memory.
         nodes: ids of the nodes that belong to the index.
-        documents: what the memory has learned: document id -> hash of the document. Empty where
-            only the memory was given: what it has learned is not known.
+        run: fingerprint of the training that the memory is of.
+        documents: what the memory has learned: document id -> digest of the document, empty where
+            only its nodes were given. Nothing where only the memory was given: what it has learned
+            is not known.
+        present: documents as they are now: id -> digest, of those that were given whole.
         stale: documents that are not as the memory learned them: id -> `inserted`, `changed`,
             `deleted`, or `unknown` where what it has learned is.
         names: ids that the memory was taught with -> ids of the documents, where they differ.
     """
 
     memory: str = ""
+    run: str = ""
     nodes: list[str] = field(default_factory=list)
     documents: dict[str, str] = field(default_factory=dict)
+    present: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
@@ -50,15 +56,43 @@ class MLPMemIndexStruct(IndexStruct):
 
     def deleted(self, document: str) -> None:
         """Note that text is gone, which the memory may know all the same."""
+        self.present.pop(document, None)
         if document in self.documents or not self.documents:
             self.stale[document] = "deleted"
         else:
             self.stale.pop(document, None)
 
-    def settled(self, document: str, document_hash: str) -> None:
-        """Take the note away when a document is again what the memory learned."""
-        if self.documents.get(document) == document_hash:
+    def settled(self, document: str, digest: str, document_hash: str) -> None:
+        """Take the note away when a document is again what the memory learned.
+
+        An index of an earlier version has LlamaIndex's hashes instead of digests.
+        """
+        self.present[document] = digest
+        if self.documents.get(document) in (digest, document_hash):
             self.stale.pop(document, None)
+
+    def learned(
+        self, documents: Mapping[str, str], before: Mapping[str, str], now: Mapping[str, str]
+    ) -> None:
+        """Note what a training has learned, and what has changed while it ran.
+
+        Args:
+            documents: id -> digest, as they were when it began.
+            before: the same of the nodes that it read.
+            now: of the nodes that are there now.
+        """
+        self.documents = dict(documents)
+        self.stale = dict.fromkeys(before.keys() - now.keys(), "deleted")
+        for name in now:
+            if name not in before:
+                self.stale[name] = "inserted"
+            elif now[name] != before[name]:
+                self.stale[name] = "changed"
+
+    def distrusted(self) -> None:
+        """Note that the memory is of another training than the index."""
+        self.documents = dict.fromkeys(self.documents, "")
+        self.stale = dict.fromkeys([*self.documents, *self.stale], "unknown")
 
 
 _structs: dict[Any, type[IndexStruct]] = registry.INDEX_STRUCT_TYPE_TO_INDEX_STRUCT_CLASS

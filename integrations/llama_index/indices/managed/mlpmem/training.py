@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ from mlpmem_rag.lessons import StudyConfig
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 
+WHERE = ("device", "dtype", "max_memory")
+"""Settings that say where to compute, not what."""
 
-def memory_folder(out: str | Path | None, corpus: Corpus) -> Path:
-    """The folder asked for, else one in the working folder that is named after the corpus."""
-    return Path(out) if out is not None else Path(f"mlpmem-{corpus.fingerprint[:12]}")
+
+def memory_folder(out: str | Path | None, corpus: Corpus, settings: Mapping[str, Any]) -> Path:
+    """The folder asked for, else one in the working folder named after corpus and settings."""
+    if out is not None:
+        return Path(out)
+    name = f"mlpmem-{corpus.fingerprint[:12]}"
+    own = sorted((key, str(value)) for key, value in settings.items() if key not in WHERE)
+    return Path(f"{name}-{hashlib.sha256(str(own).encode()).hexdigest()[:8]}" if own else name)
 
 
 def config_of(training: dict[str, Any]) -> TrainConfig:
