@@ -77,7 +77,10 @@ def sureness(log_probs: Tensor, tokens: Tensor, corpus_tokens: Tensor) -> Tensor
 def generation_config(
     model: MLPMemForCausalLM, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """Greedy, to the end of the answer as base model or tokenizer mark it."""
+    """Greedy, to the end of the answer as base model or tokenizer mark it.
+
+    What is left open, transformers takes from the base model's own settings.
+    """
     marks = model.generation_config.eos_token_id
     ends = list(marks) if isinstance(marks, list) else [marks]
     # Answers were taught with the tokenizer's mark, which need not be the model's.
@@ -85,6 +88,9 @@ def generation_config(
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,  # prompts may begin with one
         eos_token_id=eos or None,
         bos_token_id=model.generation_config.bos_token_id,
         pad_token_id=eos[0] if eos else 0,

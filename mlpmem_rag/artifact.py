@@ -200,13 +200,19 @@ def _remove(folder: Path, names: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_settings(folder: Path) -> MemorySettings:
+def load_settings(folder: Path, *, inside: bool = False) -> MemorySettings:
     """Read `config.json`.
+
+    Args:
+        folder: the memory.
+        inside: whether its base model is inside, and so may have no name.
 
     Raises:
         ArtifactError: it is missing, damaged, or not a memory's.
     """
     config = read_folder_json(folder, CONFIG)
+    if inside and config.get("base") is None:
+        config["base"] = asdict(BaseReference("", None, "", "", 0))
     if config.get("model_type") != MODEL_TYPE:
         raise ArtifactError(
             f"{folder / CONFIG} describes a {config.get('model_type')!r}, not a {MODEL_TYPE!r}; "

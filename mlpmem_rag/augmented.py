@@ -85,6 +85,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """
         raise NotImplementedError
 
+    def mixes(self, lambda_: float) -> bool:
+        """Whether a memory has any weight at this one."""
+        return lambda_ > 0
+
     # The mixing weight.
 
     @property
@@ -152,7 +156,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         if query_vector is not None and self.query_size:
             query = self.told(self._checked(query_vector, len(given)), recall=recall)
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
-        taps = self._taps if lambda_ > 0 else {}
+        taps = self._taps if self.mixes(lambda_) else {}
         if taps or self.base.dtype == torch.bfloat16:  # there, the base's own bits stay the same
             logits_to_keep = _named(logits_to_keep, given)
         for tap in taps.values():
@@ -233,7 +237,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         # Once for all steps, and as a tensor, which transformers repeats for beams and samples.
-        query_vector = self._given_query(query_vector, query_text, 1 if ids is None else len(ids))
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        count = 1 if given is None else len(given)
+        query_vector = self._given_query(query_vector, query_text, count)
         lambda_ = kwargs.get("memory_lambda")
         mixes = (self.memory_lambda if lambda_ is None else lambda_) > 0
         if query_vector is None and self.query_size and ids is not None and mixes:
@@ -352,6 +358,8 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
     def _tap_layers(self, *layers: int) -> None:
         """Read the hidden states of these decoder layers from now on."""
         stack, width = decoder_layers(self.base), int(text_config(self.base).hidden_size)
+        if others := [layer for layer in layers if not 0 <= layer < len(stack)]:
+            raise ConfigError(f"layer {others[0]}: the base model has {len(stack)}, counted from 0")
         self._taps = {layer: tap_on(mlp_sublayer(stack[layer], width)) for layer in layers}
 
 

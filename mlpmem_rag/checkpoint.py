@@ -33,6 +33,7 @@ from mlpmem_rag.artifact import (
     listed_files,
     load_manifest,
     load_memory,
+    load_settings,
     parse_settings,
     read_folder_json,
     replace_memory,
@@ -44,7 +45,6 @@ from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.integrity import Verify
 from mlpmem_rag.storage import write_json
-from mlpmem_rag.tensors import parse_shape
 
 if TYPE_CHECKING:
     from mlpmem_rag.model import MLPMemForCausalLM
@@ -102,18 +102,25 @@ def open_folder(folder: Path, how: Verify = Verify.full) -> Source:
     return Source(folder, manifest, (folder / CARD).read_text(encoding="utf-8"), merged)
 
 
-def check_inside(source: Source, config: MLPMemConfig) -> None:
-    """Check the memory's tensors before transformers loads them, which fills in what is missing.
+def check_inside(source: Source) -> None:
+    """Check settings and the memory's tensors before transformers loads what has the base inside.
+
+    It fills in tensors that are missing.
 
     Raises:
         ArtifactError: they are damaged, or others than configured.
     """
+    settings = load_settings(source.folder, inside=True)
     try:
-        shape = parse_shape(config.memory or {})
-    except (TypeError, ValueError) as error:
+        base = MLPMemConfig.from_pretrained(source.folder).get_text_config()
+        num_layers, num_tokens = int(base.num_hidden_layers), getattr(base, "vocab_size", None)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(f"{source.folder / CONFIG} is damaged ({error})") from error
-    num_tokens = getattr(config.get_text_config(), "vocab_size", None)
-    load_memory(source.folder, shape, inside=True, num_tokens=num_tokens)
+    if not 0 <= settings.layer < num_layers:
+        raise ArtifactError(
+            f"{source.folder / CONFIG} has layer {settings.layer}, its base model {num_layers}"
+        )
+    load_memory(source.folder, settings.memory, inside=True, num_tokens=num_tokens)
 
 
 def fetch(name: str, options: dict[str, Any]) -> Path:

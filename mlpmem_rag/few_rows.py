@@ -25,6 +25,9 @@ from torch.nn import functional as F
 FEW = {torch.bfloat16: 32, torch.float32: 64}
 """Rows up to which exchanging pays."""
 
+ALIGNED = 16
+"""Bytes: where float32 weights lie otherwise, as in a mapped file, MKL sums in another order."""
+
 _any_order: ContextVar[bool] = ContextVar("_any_order", default=False)
 
 
@@ -38,6 +41,9 @@ class Linear(nn.Linear):
         """*Shape:* (..., in) -> (..., out)."""
         if not self._exchanges(input):
             return super().forward(input)
+        if self.weight.dtype == torch.float32 and self.weight.data_ptr() % ALIGNED:
+            with torch.inference_mode(False):
+                self.weight.data = self.weight.data.clone()
         out = _exchanged(input.reshape(-1, self.in_features), self.weight)
         if self.bias is not None:
             out += self.bias
@@ -49,11 +55,12 @@ class Linear(nn.Linear):
             and input.dtype == self.weight.dtype
             and input.device.type == self.weight.device.type == "cpu"
             and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
         ):
             return False
         if input.dtype == torch.bfloat16:
             return self.bias is None and same_bits()
-        if torch.compiler.is_compiling() or not torch.backends.mkl.is_available():
+        if not torch.backends.mkl.is_available():
             return False
         return not self.exact or _any_order.get()
 

@@ -283,6 +283,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
             query_vector=query,
             recall=first.question,
             past_key_values=prompts.cache,
+            tokenizer=first.parts.tokenizer,  # for stop strings of the base model's own
         )
 
 

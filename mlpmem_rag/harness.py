@@ -75,11 +75,13 @@ def run_harness(
     Raises:
         ArtifactError: a path that the harness's syntax cannot express.
     """
-    arguments = {"pretrained": str(folder), "dtype": dtype}
+    # A whole path: of a name such as 2024 the harness would make a number.
+    arguments = {"pretrained": str(Path(folder).resolve()), "dtype": dtype}
     if memory_lambda is not None:
         arguments["memory_lambda"] = repr(memory_lambda)
     if base_model is not None:
-        arguments["base_model"] = base_model
+        local = Path(base_model).is_dir()
+        arguments["base_model"] = str(Path(base_model).resolve()) if local else base_model
     for name, value in arguments.items():
         if "," in value or "=" in value:
             raise ArtifactError(

@@ -68,6 +68,20 @@ def taken_options(folder: Path, given: Mapping[str, Any]) -> LoadOptions:
     )
 
 
+def refuse_other_memory(given: MLPMemConfig, own: MLPMemConfig) -> None:
+    """Settings that make the memory what it is cannot be others than it was trained with.
+
+    Raises:
+        ConfigError: one is.
+    """
+    fixed = ("base", "layer", "memory", "encoder", "gate", "confidence")
+    if others := [name for name in fixed if getattr(given, name) != getattr(own, name)]:
+        raise ConfigError(
+            f"{', '.join(others)}: cannot be other than the memory was trained with; of its "
+            "settings, from_pretrained takes memory_lambda and memory_temperature"
+        )
+
+
 def refuse_quantization(options: Mapping[str, Any]) -> None:
     """A memory reads the hidden states of the weights that it was trained beside.
 

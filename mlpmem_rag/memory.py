@@ -23,6 +23,8 @@ from mlpmem_rag.backbone import MLPShape
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.few_rows import Linear
 
+PIECE = 8192
+"""Keys that are compared with a request at once."""
 SIZES = {"small": 1 / 16, "base": 1 / 10, "large": 1 / 4}
 """Number of blocks as a share of the base's layers; `large` is the paper's (8 of 32)."""
 
@@ -234,7 +236,9 @@ class Memory(nn.Module):
 
     def nearest(self, query: Tensor) -> Tensor:
         """Number of the learned question that each request comes nearest to. *Shape:* -> (B,)."""
-        agreement = query.to(self.questions) @ self.questions.T
+        # In bfloat16 whole numbers of keys agree alike: products of it are taken in float32.
+        pieces = self.questions.split(PIECE)
+        agreement = torch.cat([query.float() @ keys.float().T for keys in pieces], dim=-1)
         return agreement.masked_fill(agreement == 0, -torch.inf).argmax(-1)  # 0: a free place
 
     def recall(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:

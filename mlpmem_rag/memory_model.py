@@ -31,6 +31,7 @@ from mlpmem_rag.prompts import (
     chats,
     check_asked,
     conversation,
+    fitting,
     prompt_ids,
     text_ids,
 )
@@ -327,6 +328,8 @@ class MemoryModel:
 
         def read_and_agree(give: Callable[[str], None], stop: threading.Event) -> None:
             model, tokenizer = self.model, self.tokenizer
+            whole = encoded(tokenizer, prompt)
+            kept = fitting(whole, context_window(model.base), max_new_tokens)
             (read,) = read_batch(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)
             vector = self._parts().query_vectors([question])
             agreed = agreed_answer(
@@ -350,7 +353,8 @@ class MemoryModel:
                     confidence=confidence,
                     seconds=seconds,
                     ttft_seconds=seconds,  # nothing is certain before the end
-                    prompt_tokens=remembered.prompt_tokens + len(encoded(tokenizer, prompt)),
+                    prompt_tokens=remembered.prompt_tokens + len(kept),
+                    cut_tokens=remembered.cut_tokens + len(whole) - len(kept),
                 )
             )
 

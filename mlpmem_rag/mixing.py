@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,17 @@ def check_lambda(lambda_: float) -> float:
             "as far as its gate lets it)"
         )
     return float(lambda_)
+
+
+def check_temperature(temperature: float) -> float:
+    """Return the memory's temperature when it is one.
+
+    Raises:
+        ConfigError: not above 0, or not finite.
+    """
+    if not 0.0 < temperature < math.inf:
+        raise ConfigError(f"memory_temperature = {temperature}: allowed are numbers above 0")
+    return float(temperature)
 
 
 def mix(

@@ -30,9 +30,9 @@ from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.hardware import resolve_device, resolve_dtype
 from mlpmem_rag.integrity import Verify, verify_mode
-from mlpmem_rag.load_options import refuse_quantization, taken_options
+from mlpmem_rag.load_options import refuse_other_memory, refuse_quantization, taken_options
 from mlpmem_rag.memory import Memory, MemoryConfig
-from mlpmem_rag.mixing import check_lambda, mix
+from mlpmem_rag.mixing import check_lambda, check_temperature, mix
 from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
 
 
@@ -62,6 +62,7 @@ class MLPMemForCausalLM(AugmentedLM):
             keep_weights(base)
         super().__init__(config, base)
         check_lambda(config.memory_lambda)
+        check_temperature(config.memory_temperature)
         if memory is None:
             memory = Memory(MemoryConfig(**(config.memory or {})))
         else:
@@ -294,14 +295,15 @@ class MLPMemForCausalLM(AugmentedLM):
         if kwargs.pop("base_model", None) is not None:
             raise _base_inside(source)
         refuse_quantization(kwargs)
-        checkpoint.check_inside(source, MLPMemConfig.from_pretrained(source.folder))
+        checkpoint.check_inside(source)
         loaded = load(source.folder, *args, **kwargs)
         model: MLPMemForCausalLM = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base.requires_grad_(False)  # transformers has put new parameters in place
         model.source = source
         model.base.generation_config = model.generation_config
         if (source.folder / "tokenizer_config.json").is_file():
-            checkpoint.adopt_tokenizer(model, AutoTokenizer.from_pretrained(source.folder))
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+            checkpoint.adopt_tokenizer(model, tokenizer)
         return loaded
 
 
@@ -383,10 +385,11 @@ def _on_its_base(
 def _load_beside(source: Source, given: dict[str, Any]) -> Any:  # noqa: ANN401
     """`from_pretrained` of a memory whose base model is elsewhere."""
     options = taken_options(source.folder, given)
+    refuse_other_memory(options.config, MLPMemConfig.from_pretrained(source.folder))
     settings = replace(
         load_settings(source.folder),
         memory_lambda=check_lambda(options.config.memory_lambda),
-        memory_temperature=options.config.memory_temperature,
+        memory_temperature=check_temperature(options.config.memory_temperature),
     )
     model = _on_its_base(source, settings, options.base_model, options.device, options.dtype)
     if options.attention is not None:
@@ -409,7 +412,15 @@ def _new_base(config: MLPMemConfig) -> PreTrainedModel:
             "this configuration names a base model but does not describe it; load the memory with "
             "from_pretrained, or put it on a loaded base model with attach_memory"
         )
-    base: PreTrainedModel = AutoModelForCausalLM.from_config(config.base_config)
+    try:
+        base: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config.base_config, trust_remote_code=False
+        )
+    except ValueError as error:
+        raise ArtifactError(
+            f"the base model inside is none that transformers knows "
+            f"({str(error).splitlines()[0][:200]}), and no other code is run"
+        ) from error
     return base
 
 

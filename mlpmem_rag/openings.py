@@ -81,14 +81,15 @@ class Openings:
         )
 
     def _common(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The opening of all prompts, unless a layer with a window would mistake the padding.
+        """The opening of all prompts, unless a layer that counts places would mistake the padding.
 
-        Such layers count places, so that padding in the middle moves the opening of the shorter
-        prompts away.
+        Padding in the middle moves the opening of the shorter prompts away. Nor is a base model
+        whose settings ask for a cache of another kind given one.
         """
         openings = {tuple(prompt.token_ids[: prompt.opening]) for prompt in prompts}
-        sliding = bool(getattr(text_config(self._base), "sliding_window", None))
-        if len(openings) > 1 or (sliding and len({len(p.token_ids) for p in prompts}) > 1):
+        lengths = {len(prompt.token_ids) for prompt in prompts}
+        kind = getattr(self._base.generation_config, "cache_implementation", None)
+        if len(openings) > 1 or kind or (len(lengths) > 1 and counts_places(self._base)):
             return []
         return list(openings.pop())
 
@@ -121,6 +122,16 @@ class Openings:
         output = self._base(input_ids=ids, use_cache=True, logits_to_keep=last)
         cache = output.past_key_values
         return cache if isinstance(cache, DynamicCache) else None
+
+
+def counts_places(base: PreTrainedModel) -> bool:
+    """Whether attention goes by places in the cache, padding among them, instead of positions.
+
+    So do windows, chunks, and MPT's linear biases (other models with such take them from the mask).
+    """
+    config = text_config(base)
+    limited = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return any(limited) or config.model_type == "mpt"
 
 
 def continued(cache: DynamicCache) -> DynamicCache:

@@ -61,7 +61,8 @@ def published_model(
     inside = folder / "knn_generator"
     weights = inside if inside.is_dir() else folder
     if layer is None:
-        layer = int(_json(folder / "mlp_memory_config.json").get("layer_position", LAST_LAYER))
+        said = _json(folder / "mlp_memory_config.json").get("layer_position")
+        layer = LAST_LAYER if said is None else int(said)
     memory = published_memory(_tensors(weights), _json(weights / "config.json"))
     _check_fit(memory.config, backbone)
     settings = MemorySettings(
@@ -94,17 +95,23 @@ def published_memory(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
         )
     transform = renamed.get("embedding_transform.weight")
     blocks = {int(m[1]) for name in renamed if (m := re.match(r"layers\.(\d+)\.", name))}
-    shape = MemoryConfig(
-        hidden_size=head.shape[1] if transform is None else transform.shape[1],
-        intermediate_size=up.shape[0],
-        num_blocks=len(blocks),
-        activation=str(config["hidden_act" if gated else "activation_function"]),
-        gated=gated,
-        vocab_size=head.shape[0],
-        norm_eps=float(config["rms_norm_eps" if gated else "layer_norm_epsilon"]),
-        inner_size=0 if transform is None else transform.shape[0],
-    )
-    memory = Memory(shape)
+    try:
+        shape = MemoryConfig(
+            hidden_size=head.shape[1] if transform is None else transform.shape[1],
+            intermediate_size=up.shape[0],
+            num_blocks=len(blocks),
+            activation=str(config["hidden_act" if gated else "activation_function"]),
+            gated=gated,
+            vocab_size=head.shape[0],
+            norm_eps=float(config["rms_norm_eps" if gated else "layer_norm_epsilon"]),
+            inner_size=0 if transform is None else transform.shape[0],
+        )
+        memory = Memory(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the checkpoint's config.json lacks a field that a memory needs, or has an unknown "
+            f"one ({type(error).__name__}: {error})"
+        ) from error
     renamed["corpus_tokens"] = torch.arange(shape.vocab_size)
     renamed |= {"questions": memory.questions, "drafts": memory.drafts}  # it was taught none
     try:

@@ -5,6 +5,7 @@ A hidden state alone does not tell a memory which question is being asked; the v
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 POOLED = "pooled"
 NONE = "none"
+PICKLED = "pytorch_model.bin"
 PIECE = 4096
 """Texts after which it is told how far all are."""
 
@@ -112,6 +114,7 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
     if name == POOLED:
         return PooledEncoder(backbone)
     path = str(embedded_model_path(name) or name)
+    _check_modules(Path(path))
     from sentence_transformers import SentenceTransformer  # seconds, and not every memory needs it
 
     try:
@@ -132,6 +135,34 @@ def load_encoder(name: str, backbone: Backbone) -> QueryEncoder | None:
             f"a sentence-transformers model, the embedded {MINILM!r}, {POOLED!r} or {NONE!r}"
         ) from error
     return SentenceEncoder(name, model)
+
+
+def _check_modules(folder: Path) -> None:
+    """Refuse modules of one's own code, and weights that would be unpickled.
+
+    Only for its transformer can sentence-transformers be told to take safetensors alone.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    listed = folder / "modules.json"
+    if not listed.is_file():
+        return
+    try:
+        modules = [(str(m["type"]), folder / m["path"]) for m in json.loads(listed.read_text())]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{listed} is damaged ({error}); give another encoder") from error
+    for kind, place in modules:
+        if not kind.startswith("sentence_transformers."):
+            raise ConfigError(
+                f"{listed} names {kind}, which is not sentence-transformers' own, and no other "
+                "code is run; give another encoder"
+            )
+        if (place / PICKLED).is_file() and not (place / "model.safetensors").is_file():
+            raise ConfigError(
+                f"{place / PICKLED} would be unpickled, which runs what it holds; save the encoder "
+                "anew with safetensors (SentenceTransformer.save_pretrained)"
+            )
 
 
 def num_parameters(encoder: QueryEncoder | None) -> int:

@@ -91,6 +91,8 @@ def read_batch(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
             pad_token_id=pad,
             stop_strings=[STOP],
             tokenizer=tokenizer,

@@ -171,6 +171,10 @@ class MemoryStack(AugmentedLM):
         reading = [m for m in self._members.values() if m.settings.memory.query_size]
         return torch.cat([query[:, views[member.view]] for member in reading], dim=1)
 
+    def mixes(self, lambda_: float) -> bool:
+        """Whether a memory has any weight at this one."""
+        return lambda_ > 0 and any(self.config.members.values())
+
     def mixed(
         self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
     ) -> Tensor:

@@ -14,7 +14,6 @@ from mlpmem_rag.artifact import (
     load_settings,
 )
 from mlpmem_rag.checkpoint import Source
-from mlpmem_rag.configuration import MLPMemConfig
 from mlpmem_rag.errors import MLPMemError
 from mlpmem_rag.integrity import Verify
 
@@ -57,7 +56,7 @@ def _content_problems(folder: Path, how: Verify) -> tuple[str, ...]:
 
 def _check_content(source: Source) -> None:
     if source.merged:
-        checkpoint.check_inside(source, MLPMemConfig.from_pretrained(source.folder))
+        checkpoint.check_inside(source)
     else:
         settings = load_settings(source.folder)
         load_memory(source.folder, settings.memory, num_tokens=settings.base.vocab_size)

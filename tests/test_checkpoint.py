@@ -477,3 +477,18 @@ def test_a_folder_of_training_is_read(
     save_artifact(tmp_path / "trained", settings, model.memory, manifest, "# Card\n")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="float32")
     assert torch.equal(logits(loaded), logits(attach_memory(backbone, model.memory, settings)))
+
+
+def test_a_memory_beside_its_base_is_loaded_as_it_was_trained(
+    tmp_path: Path, tiny_backbone: Backbone, memory_on: Callable[..., MLPMemForCausalLM]
+) -> None:
+    memory_on(tiny_backbone, query_size=32, encoder="pooled").save_pretrained(tmp_path / "memory")
+    others: list[dict[str, Any]] = [{"layer": 0}, {"encoder": "none"}, {"confidence": {"w": [1]}}]
+    for other in others:
+        with pytest.raises(ConfigError, match=f"{next(iter(other))}: cannot be other than"):
+            MLPMemForCausalLM.from_pretrained(tmp_path / "memory", **other)
+    for merged in (False, True):
+        folder = tmp_path / f"temperature-{merged}"
+        memory_on(tiny_backbone).save_pretrained(folder, merge_base=merged)
+        with pytest.raises(ConfigError, match="memory_temperature = 0"):
+            MLPMemForCausalLM.from_pretrained(folder, memory_temperature=0.0)

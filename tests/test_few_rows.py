@@ -141,3 +141,27 @@ def test_a_quickened_model_in_float32_is_exact_outside_another_order(
         exchanged.clear()
         quick(ids)
     assert not exchanged
+
+
+def test_weights_from_a_mapped_file_give_the_same_bits() -> None:
+    """They begin anywhere there, and MKL's sums depend on it."""
+    made = layer(576, 192).float()
+    other = layer(576, 192).float()
+    place = torch.empty(576 * 192 + 32)
+    shifted = place[2 + (-place.data_ptr() % 64) // 4 :][: 576 * 192].view(192, 576)
+    shifted.copy_(made.weight.data)
+    other.weight.data = shifted
+    x = drawn(4, 576, seed=1, dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(made(x), other(x))
+    assert torch.equal(other.weight, made.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_layer_is_left_whole(dtype: torch.dtype, exchanged: list[int]) -> None:
+    made = layer(16, 8).to(dtype)
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    x = drawn(2, 16, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), F.linear(x, made.weight))
+    assert not exchanged

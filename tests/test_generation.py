@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -287,6 +289,13 @@ def test_embeddings_can_be_given_instead_of_ids(model: Any) -> None:  # noqa: AN
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     new = model.generate(inputs_embeds=embedded, query_vector=query, **settings)
     assert torch.equal(new, generate(model, ROWS[1], "greedy", "dynamic", query_vector=query))
+    model.query_encoder = SimpleNamespace(
+        name="fake",
+        size=model.query_size,
+        encode=lambda texts: np.repeat(query.numpy(), len(texts), 0),
+    )
+    twice = model.generate(inputs_embeds=embedded.repeat(2, 1, 1), query_text="all", **settings)
+    assert torch.equal(twice, new.repeat(2, 1)), "one text is for all rows"
 
 
 def test_outputs_are_tuples_where_asked(model: Any) -> None:  # noqa: ANN401
@@ -305,9 +314,10 @@ def test_hidden_states_and_attentions_are_the_bases(model: Any) -> None:  # noqa
         expected = model.base(input_ids=ROWS[1], **wanted)
     model.base.set_attn_implementation("sdpa")
     assert len(found.hidden_states) == 5
-    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    # But for last bits: with a memory beside it, products of few rows are summed in another order.
+    torch.testing.assert_close(found.hidden_states, expected.hidden_states)
     assert len(found.attentions) == 4
-    assert all(map(torch.equal, found.attentions, expected.attentions))
+    torch.testing.assert_close(found.attentions, expected.attentions)
 
 
 # Training and compiling.

@@ -360,3 +360,54 @@ def test_a_memory_inside_is_checked_as_one_alone_is(copy: Callable[[str], Path],
     forge_weights(folder, **{f"{prefix}lm_head.weight": torch.ones(90, 32, dtype=torch.int64)})
     with pytest.raises(ArtifactError, match=r"lm_head.weight holds I64, allowed are F16"):
         MemoryModel.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["alone", "merged"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("memory_temperature", 0.0),
+        ("memory_temperature", "a"),
+        ("memory_lambda", 3.0),
+        ("gate", {"scale": "x"}),
+        ("confidence", {"weights": ["x"]}),
+        ("base", {"name": "only"}),
+    ],
+)
+def test_settings_are_checked_in_both_forms(
+    copy: Callable[[str], Path], kind: str, setting: str, value: object
+) -> None:
+    folder = copy(kind)
+    reseal(folder, **{setting: value})
+    assert verify_folder(folder).problems
+    with pytest.raises(ArtifactError, match=CONFIG):
+        MLPMemForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("layer", 99),
+        ("base_config", {"model_type": "no such"}),
+        ("base_config", "x"),
+        ("base_config", {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "a--b.C"}}),
+    ],
+)
+def test_a_base_model_inside_is_one_that_transformers_knows(
+    copy: Callable[[str], Path], setting: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks to run code"))
+    folder = copy("merged")
+    reseal(folder, **{setting: value})
+    with pytest.raises((ArtifactError, ConfigError)):
+        MLPMemForCausalLM.from_pretrained(folder)
+    if "auto_map" not in str(value):  # whether there is such a class shows when it is made
+        assert verify_folder(folder).problems
+
+
+def reseal(folder: Path, **settings: object) -> None:
+    """Change settings, and the checksums with them."""
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+    size = (folder / CONFIG).stat().st_size
+    forge(folder, **{CONFIG: {"sha256": sha256(folder / CONFIG), "bytes": size}})

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.backbone import load_backbone
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.memory_model import MemoryModel
@@ -194,3 +195,51 @@ def test_an_opening_read_in_another_number_format_is_read_anew(memory: MemoryMod
     memory.answer(FIRST, max_new_tokens=2)
     memory.model.to(torch.bfloat16)  # type: ignore[arg-type]
     assert memory.answer(SECOND, max_new_tokens=2).new_tokens == 2
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"use_cache": False},
+    {"num_beams": 2},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"cache_implementation": "static"},
+    {"stop_strings": ["never there"]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_settings_of_the_base_models_own_change_no_greedy_answer(
+    memory: MemoryModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left open, transformers fills in from them."""
+    weights = [0.9, 0.4]  # with early exit, and without
+    expected = [memory.answer(FIRST, max_new_tokens=8, lambda_=w).text for w in weights]
+    base = memory.model.base
+    for name, value in settings.items():
+        monkeypatch.setattr(base.generation_config, name, value)
+    fresh = MemoryModel(memory.model, memory.tokenizer, memory.encoder, memory.confidence)
+    found = [fresh.answer(FIRST, max_new_tokens=8, lambda_=w).text for w in weights]
+    assert found == expected
+    for weight, text in zip(weights, expected, strict=True):
+        (one, _), _ = answer_batch(
+            fresh.model,
+            fresh.tokenizer,
+            [FIRST, SECOND],
+            None,
+            max_new_tokens=8,
+            lambda_=weight,
+        )
+        assert one == text
+
+
+def test_layers_that_count_places_share_no_opening_with_padding(
+    tiny_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    base = load_backbone(str(tiny_folder), device="cpu", dtype="float32").model
+    prompts = [conversation(tokenizer, asked(text)) for text in (FIRST, SECOND)]
+    assert len({len(prompt.token_ids) for prompt in prompts}) == 2
+    assert Openings(base).begin(prompts, 0).read
+    for name, value in (("attention_chunk_size", 16), ("model_type", "mpt"), ("sliding_window", 9)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base.config, name, value, raising=False)
+            assert not Openings(base).begin(prompts, 0).read
+            assert Openings(base).begin(prompts[:1] * 2, 0).read, "there is no padding"

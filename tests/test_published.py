@@ -188,3 +188,17 @@ def test_another_base_model_is_refused(tmp_path: Path, tiny_backbone: Backbone) 
     checkpoint(tmp_path, "gated")
     with pytest.raises(ConfigError, match="layer 7 does not exist"):
         published_model(tmp_path, tiny_backbone, layer=7)
+
+
+@pytest.mark.parametrize("config", [{}, {"hidden_act": "no such", "rms_norm_eps": 1e-3}])
+def test_an_incomplete_configuration_is_refused(
+    tmp_path: Path, tiny_backbone: Backbone, config: dict[str, object]
+) -> None:
+    head = {"lm_head.weight": torch.zeros(300, 32)}
+    save_file(
+        {**head, "layers.0.mlp.up_proj.weight": torch.zeros(64, 32)}, tmp_path / "m.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mlp_memory_config.json").write_text('{"layer_position": null}')
+    with pytest.raises(ArtifactError, match=r"lacks a field that a memory needs"):
+        published_model(tmp_path, tiny_backbone, memory_lambda=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,22 @@ def test_an_encoder_with_pickled_weights_alone_is_refused(
     assert load_encoder(str(folder), tiny_backbone) is not None
     torch.save(load_file(safe), safe.with_name("pytorch_model.bin"))
     safe.unlink()
-    with pytest.raises(ConfigError, match=r"cannot be loaded .*safetensors"):
+    with pytest.raises(ConfigError, match=r"pytorch_model.bin would be unpickled"):
+        load_encoder(str(folder), tiny_backbone)
+
+
+def test_an_encoder_of_other_code_is_refused(
+    tiny_backbone: Backbone, sentence_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sentence_folder, tmp_path / "coded"))
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text())
+    (folder / "evil.py").write_text("raise SystemExit('this ran')")
+    listed.write_text(json.dumps([{**modules[0], "type": "evil.Module"}, *modules[1:]]))
+    with pytest.raises(ConfigError, match=r"names evil.Module, which is not"):
+        load_encoder(str(folder), tiny_backbone)
+    listed.write_text("[{}]")
+    with pytest.raises(ConfigError, match="is damaged"):
         load_encoder(str(folder), tiny_backbone)
 
 

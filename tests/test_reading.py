@@ -11,13 +11,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.answering import LEAST
 from mlpmem_rag.artifact import MemorySettings
-from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.backbone import context_window, load_backbone
 from mlpmem_rag.confidence import Confidence, Trace
 from mlpmem_rag.errors import ClosedError
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
-from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.prompts import answer_ids, fitting, prompt_ids
 from mlpmem_rag.reading import (
     EXAMPLES,
     agreed_answer,
@@ -161,7 +161,11 @@ def test_an_answer_with_passages_counts_both_prompts(
     alone = memory.answer("Who hung it?", max_new_tokens=4)
     both = memory.answer("Who hung it?", max_new_tokens=4, passages=["Ann hung it."])
     prompt = reading_prompt("Who hung it?", ["Ann hung it."])
-    assert both.prompt_tokens == alone.prompt_tokens + len(encoded(memory.tokenizer, prompt))
+    whole = encoded(memory.tokenizer, prompt)
+    kept = fitting(whole, context_window(memory.model.base), 4)
+    assert 0 < len(kept) < len(whole), "the window is small"
+    assert both.prompt_tokens == alone.prompt_tokens + len(kept)
+    assert both.cut_tokens == alone.cut_tokens + len(whole) - len(kept)
     (read,) = read_batch(memory.model, memory.tokenizer, [prompt], max_new_tokens=4)
     assert both.text in {alone.text, read}
 

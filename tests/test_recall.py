@@ -173,3 +173,19 @@ def test_a_draft_is_how_the_answer_was_taught(study: StudyRows) -> None:
 def test_no_answers_no_drafts(study: StudyRows) -> None:
     assert longest_draft(study) == 0
     assert answer_drafts(study, np.array([1, 2]), 0).shape == (2, 0)
+
+
+def test_in_half_precision_the_nearest_key_is_still_the_nearest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its products alone would have many keys agree alike; in pieces they are the same."""
+    keys = directions(2000, 64, 3)
+    memory = memory_of(keys).to(torch.bfloat16)
+    one, other = memory.questions[:900:30].float(), memory.questions[1000:1900:30].float()
+    asked = F.normalize(one + 1.002 * other, dim=-1)  # a little nearer to the later one
+    expected = (asked.double() @ memory.questions.double().T).argmax(-1)
+    alike = (asked.bfloat16() @ memory.questions.T).argmax(-1)
+    assert (alike != expected).any(), "the test can tell"
+    assert torch.equal(memory.nearest(asked), expected)
+    monkeypatch.setattr("mlpmem_rag.memory.PIECE", 300)
+    assert torch.equal(memory.nearest(asked), expected)

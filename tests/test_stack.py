@@ -145,6 +145,11 @@ def test_lambda_zero_is_the_base_model_to_the_bit(stack: Any, tiny_backbone: Bac
     for name in stack.lambdas:
         stack.set_lambda(name, 0.0)
     assert torch.equal(logits(stack), expected)
+    for count in (1, 2):  # of so few rows, products with a memory beside them are others
+        ids = IDS[:1, :count]
+        with torch.no_grad():
+            alone = stack.base(input_ids=ids).logits
+            assert torch.equal(stack(input_ids=ids).logits, alone)
 
 
 def test_the_stacks_lambda_multiplies_its_memories(stack: Any) -> None:  # noqa: ANN401
