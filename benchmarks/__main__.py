@@ -32,8 +32,9 @@ SUITES = {
     "inference_memory": "peak memory of answering",
     "serving": "first token and whole answer beside RAG; many requests at once",
     "training": "documents to memory, end to end",
+    "compiled": "generation and distillation compiled, on a GPU",
 }
-GPU_ONLY = ("gpu_neighbors",)
+GPU_ONLY = ("gpu_neighbors", "compiled")
 FIRST_ON_GPU = ("gpu_neighbors", "training")
 """What is known of a GPU alone, should its time run out."""
 

@@ -146,14 +146,15 @@ def arms(config: MemoryConfig, folder: Path, device: str, names: tuple[str, ...]
     return [make[name](config, store, targets, device) for name in names]
 
 
-def _drawn(folder: Path, rows: int) -> Rows:
+def drawn_rows(folder: Path, rows: int) -> Rows:
+    """The rows of every step."""
     total = Datastore.open(folder / "datastore").num_rows
     drawn: Rows = np.sort(np.random.default_rng(0).integers(total, size=rows))
     return drawn
 
 
 def _speed(setup: Setup, config: MemoryConfig, folder: Path, rows: int) -> Figure:
-    drawn = _drawn(folder, rows)
+    drawn = drawn_rows(folder, rows)
     mine, theirs = arms(config, folder, setup.device, ARMS)
     took = interleaved(
         {"ours": lambda: mine.step(drawn), "released": lambda: theirs.step(drawn)},
@@ -204,7 +205,7 @@ def in_own_process(arm: str, setup: Setup, config: MemoryConfig, folder: Path, r
 
 def added_peak(arm: str, folder: Path, device: str, rows: int, config: MemoryConfig) -> int:
     """Bytes that three steps need at most, the memory and its optimiser included."""
-    drawn = _drawn(folder, rows)
+    drawn = drawn_rows(folder, rows)
     before = held_bytes(device)
     with metered(device) as reading:
         (one,) = arms(config, folder, device, (arm,))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from benchmarks import (
     answers,
     approximate,
+    compiled,
     corpora,
     datastore,
     decoding,
@@ -202,6 +203,23 @@ def test_the_answers_suite_asks_alone_and_in_one_turn(
     assert [figure.what[-1] for figure in figures] == ["1", "8"]
     # Two rounds and a warm-up of both ways, each group behind the request that holds it.
     assert sizes == [1, 1] * (3 * 2 * 6) + [1, 8] * (3 * 2)
+
+
+def test_the_compiled_suite_generates_and_trains(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU transformers compiles nothing; the blocks are traced."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(compiled, "PROMPT", 8)
+    monkeypatch.setattr(compiled, "TOKENS", 4)
+    monkeypatch.setattr(distillation, "ROWS", (64,))
+    torch.compiler.reset()
+    figures = compiled.run(setup)
+    for figure in figures:
+        check(figure)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.compiler.reset()
+    assert [figure.unit for figure in figures] == ["ms/token", "ms/token", "rows/s"]
 
 
 def test_the_memory_of_another_corpus_is_as_large(setup: Setup) -> None:
