@@ -38,7 +38,9 @@ def section(results: Mapping[str, Any]) -> str:
         ceilings = Ceilings(**suite["ceilings"])
         rows += [_bold(cells(f, ceilings), f.reached) for f in figures_of(suite)]
     last = list(results["suites"].values())[-1]
-    lines = [f"### {name}", "", limits(Ceilings(**last["ceilings"])), ""]
+    days = sorted({suite["measured"][:10] for suite in results["suites"].values()})
+    measured = f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}."
+    lines = [f"### {name}", "", f"{limits(Ceilings(**last['ceilings']))} {measured}", ""]
     return "\n".join([*lines, line(HEAD), line(["---"] * len(HEAD)), *map(line, rows)])
 
 

@@ -149,8 +149,11 @@ def test_the_page_gets_a_table_a_machine(tmp_path: Path) -> None:
     ]
     cpu = {"processor": "Chip", "instructions": "avx2", "torch_threads": 2}
     about = {"machine": {"device": "cpu", "gpu": None, **cpu}}
-    entry = results.entry(figures, CEILINGS, 1.0, {})
-    results.merge(tmp_path / "chip.json", about, {"suite": entry})
+    other, entry = (
+        results.entry(of, CEILINGS, 1.0, {"measured": f"{day}T09:00"})
+        for of, day in (([], "2026-05-02"), (figures, "2026-04-30"))
+    )
+    results.merge(tmp_path / "chip.json", about, {"other": other, "suite": entry})
     assert json.loads((tmp_path / "chip.json").read_text())["suites"]["suite"]["figures"][1][
         "of_ceiling"
     ] == pytest.approx(0.5)
@@ -166,6 +169,7 @@ def test_the_page_gets_a_table_a_machine(tmp_path: Path) -> None:
     assert fast in text
     assert "| lone | 50 rows/s |  |  |  |  | 50 % |" in text
     assert "old" not in text
+    assert "Measured on 2026-04-30 to 2026-05-02." in text
 
 
 def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
