@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.query import QueryEncoder, Vectors, encoded
 from mlpmem_rag.storage import save_array
 from mlpmem_rag.windows import Window
@@ -48,7 +47,6 @@ def encode_contexts(
     encoder: QueryEncoder | None,
     tokenizer: PreTrainedTokenizerBase,
     windows: Sequence[Window],
-    on_progress: OnProgress = ignore_progress,
 ) -> Contexts:
     """Vectors for the rows of `windows`, in the datastore's order."""
     texts: list[str] = []
@@ -60,4 +58,4 @@ def encode_contexts(
                 before = window.token_ids[max(0, place - CONTEXT) : place]
                 texts.append(str(tokenizer.decode(before.tolist(), skip_special_tokens=True)))
             blocks.append(len(texts) - 1)
-    return Contexts(encoded(encoder, texts, on_progress), np.array(blocks, dtype=np.int32))
+    return Contexts(encoded(encoder, texts), np.array(blocks, dtype=np.int32))

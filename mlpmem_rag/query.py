@@ -6,7 +6,7 @@ A hidden state alone does not tell a memory which question is being asked; the v
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,6 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.datastore import length_buckets, pad
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.windows import Window
 
 if TYPE_CHECKING:
@@ -197,11 +196,13 @@ def check_encoder(encoder: QueryEncoder | None, name: str, width: int) -> None:
 
 
 def encoded(
-    encoder: QueryEncoder | None, texts: Sequence[str], on_progress: OnProgress = ignore_progress
+    encoder: QueryEncoder | None,
+    texts: Sequence[str],
+    on_done: Callable[[int], None] | None = None,
 ) -> Vectors:
-    """Vectors of many texts, as the stage `study` makes them; without an encoder, of width 0.
+    """Vectors of many texts; without an encoder, of width 0.
 
-    *Shape:* N texts -> (N, Q).
+    Now and then, and at the end, `on_done` is told how many are done. *Shape:* N texts -> (N, Q).
     """
     vectors = np.zeros((len(texts), encoder.size if encoder else 0), np.float32)
     if encoder is None:
@@ -209,5 +210,6 @@ def encoded(
     for start in range(0, len(texts), PIECE):
         piece = texts[start : start + PIECE]
         vectors[start : start + len(piece)] = encoder.encode(piece)
-        on_progress(ProgressEvent("study", start + len(piece), len(texts), "vectors"))
+        if on_done is not None:
+            on_done(start + len(piece))
     return vectors

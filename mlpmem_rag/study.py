@@ -138,18 +138,37 @@ def study_rows(
         notes.finish([keys])
     distinct = list(dict.fromkeys(question.source for question in questions))
     number_of = {source: number for number, source in enumerate(distinct)}
+    query_vectors, source_vectors = _vectors(
+        encoder, [question.text for question in questions], distinct, on_progress
+    )
     return StudyRows(
         keys=keys,
         next_tokens=np.concatenate([runs.answers[number] for number in order]),
         questions=np.repeat(np.array(order, dtype=np.int32), counts),
-        query_vectors=encoded(encoder, [question.text for question in questions], on_progress),
-        source_vectors=(
-            np.zeros((len(distinct), encoder.size), np.float32)
-            if isinstance(encoder, PooledEncoder)
-            else encoded(encoder, distinct, on_progress)
-        ),
+        query_vectors=query_vectors,
+        source_vectors=source_vectors,
         sources=np.array([number_of[question.source] for question in questions], dtype=np.int32),
     )
+
+
+def _vectors(
+    encoder: QueryEncoder | None,
+    asked: Sequence[str],
+    sources: Sequence[str],
+    on_progress: OnProgress,
+) -> tuple[Vectors, Vectors]:
+    """Of questions, and of the text that answers them: zeros where the base model encodes."""
+    read = [] if isinstance(encoder, PooledEncoder) else sources
+    total = len(asked) + len(read)
+
+    def tell(done: int) -> None:
+        on_progress(ProgressEvent("vectors", done, total, "texts"))
+
+    query_vectors = encoded(encoder, asked, tell)
+    source_vectors = encoded(encoder, read, lambda done: tell(len(asked) + done))
+    if not read:
+        source_vectors = np.zeros((len(sources), query_vectors.shape[1]), np.float32)
+    return query_vectors, source_vectors
 
 
 @dataclass(frozen=True)

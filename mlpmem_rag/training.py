@@ -343,12 +343,8 @@ class Stages:
                 )
                 if self._team.first:
                     rows.save(folder)
-                    encode_contexts(
-                        encoder,
-                        prepared.backbone.tokenizer,
-                        prepared.windows,
-                        on_progress=self._on_progress,
-                    ).save(folder)
+                    tokenizer = prepared.backbone.tokenizer
+                    encode_contexts(encoder, tokenizer, prepared.windows).save(folder)
                 self._team.wait()
             return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
 

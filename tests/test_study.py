@@ -170,7 +170,7 @@ def test_a_team_writes_the_file_of_one_process(
 
     with ThreadPoolExecutor(2) as processes:
         both = list(processes.map(study, range(2)))
-    asked = [[event for event in mine if event.unit == "questions"] for mine in events]
+    asked = [[event for event in mine if event.stage == "study"] for mine in events]
     done = [[(event.done, event.total) for event in mine] for mine in asked]
     assert done == [[(1, 2), (2, 2)], [(1, 1)]], "the first leaves rows to the second"
     for found in both:
@@ -208,10 +208,11 @@ def test_progress_counts_questions_that_have_rows(tiny_backbone: Backbone) -> No
     events: list[ProgressEvent] = []
     asked = [*QUESTIONS, Question("ledger " * 400, "a clerk", "s", "a")]
     study_rows(tiny_backbone, CountingEncoder(), asked, on_progress=events.append)
-    told = [event for event in events if event.unit == "questions"]
+    told = [event for event in events if event.stage == "study"]
     assert told[-1] == ProgressEvent("study", 3, 3, "questions")
-    texts = [(event.done, event.total) for event in events[len(told) :]]
-    assert texts == [(4, 4), (3, 3)], "questions, and the text that answers them"
+    # All questions, and the text that answers them.
+    texts = [ProgressEvent("vectors", done, 7, "texts") for done in (4, 7)]
+    assert events[len(told) :] == texts
 
 
 def test_no_questions_are_refused(tiny_backbone: Backbone) -> None:
