@@ -44,9 +44,7 @@ class Contexts:
 
 
 def encode_contexts(
-    encoder: QueryEncoder | None,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Sequence[Window],
+    encoder: QueryEncoder | None, tokenizer: PreTrainedTokenizerBase, windows: Sequence[Window]
 ) -> Contexts:
     """Vectors for the rows of `windows`, in the datastore's order."""
     texts: list[str] = []

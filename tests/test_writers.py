@@ -332,6 +332,18 @@ def test_the_base_model_continues_each_prompt_as_alone(
     assert len(set(found)) > 1
 
 
+def test_the_base_models_own_settings_give_no_more_than_one_text_each(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = base_model_completer(tiny_backbone, max_new_tokens=6)
+    prompts = ["Who found wild honey?", "Where?"]
+    expected = complete(prompts)
+    settings = tiny_backbone.model.generation_config
+    monkeypatch.setattr(settings, "num_beams", 2)
+    monkeypatch.setattr(settings, "num_return_sequences", 2)
+    assert complete(prompts) == expected
+
+
 def test_the_base_model_writes_by_name(tiny_backbone: Backbone) -> None:
     """A random model writes nothing that answers itself; without a base model, nobody does."""
     short = [Document("a", "It rained.", None, "a")]

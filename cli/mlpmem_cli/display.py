@@ -119,9 +119,7 @@ def progress_bars(console: Console) -> Iterator[OnProgress]:
                 tasks[event.stage] = progress.add_task(
                     event.stage, total=event.total, unit=event.unit
                 )
-            progress.update(
-                tasks[event.stage], completed=event.done, total=event.total, unit=event.unit
-            )
+            progress.update(tasks[event.stage], completed=event.done, total=event.total)
 
         yield show
 
