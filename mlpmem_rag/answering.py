@@ -113,7 +113,7 @@ def answer_batch(
     asked = [conversation(tokenizer, [{"role": "user", "content": q}]) for q in questions]
     prompts = [prompt.within(max(1, window - max_new_tokens)) for prompt in asked]
     openings = Openings(model.base)
-    mixes = (model.memory_lambda if lambda_ is None else lambda_) > 0
+    mixes = model.mixes(model.memory_lambda if lambda_ is None else lambda_)
     config = generation_config(model, tokenizer, max_new_tokens)
     generator: Any = model  # generate() is annotated for other classes
     answers: dict[int, tuple[str, Trace]] = {}

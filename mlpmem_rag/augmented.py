@@ -241,7 +241,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         count = 1 if given is None else len(given)
         query_vector = self._given_query(query_vector, query_text, count)
         lambda_ = kwargs.get("memory_lambda")
-        mixes = (self.memory_lambda if lambda_ is None else lambda_) > 0
+        mixes = self.mixes(self.memory_lambda if lambda_ is None else lambda_)
         if query_vector is None and self.query_size and ids is not None and mixes:
             query_vector = self.queries_in(ids)
         if query_vector is not None and query_vector.is_inference():

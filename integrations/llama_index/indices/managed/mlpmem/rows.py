@@ -27,10 +27,15 @@ class Rows:
     names: Mapping[str, str]
 
     @classmethod
-    def open(cls, folder: Path, names: Mapping[str, str]) -> Rows | None:
-        """Those that were kept with a memory; None: they were deleted, or not copied with it."""
+    def open(cls, struct: MLPMemIndexStruct) -> Rows | None:
+        """Those that were kept with an index's memory.
+
+        None: they were deleted, not copied with it, or are of another training by somebody else.
+        """
+        folder = Path(struct.memory)
         try:
-            return cls(Provenance.open(folder), names)
+            same = load_manifest(folder).run == struct.run
+            return cls(Provenance.open(folder), struct.names) if same else None
         except ArtifactError:
             return None
 
@@ -65,15 +70,6 @@ class KeptRows:
         """The rows; None: they were not kept."""
         with self._lock:
             if self._opened_for is not self._model.model:
-                self._rows = self._open()
+                self._rows = Rows.open(self._struct)
                 self._opened_for = self._model.model
             return self._rows
-
-    def _open(self) -> Rows | None:
-        folder = Path(self._struct.memory)
-        try:
-            if load_manifest(folder).run != self._struct.run:
-                return None  # trained anew by somebody else: rows of another memory
-        except ArtifactError:
-            return None
-        return Rows.open(folder, self._struct.names)
