@@ -31,13 +31,12 @@ from mlpmem_rag.prompts import (
     chats,
     check_asked,
     conversation,
-    fitting,
     prompt_ids,
     text_ids,
 )
 from mlpmem_rag.provenance import Origin, Provenance
 from mlpmem_rag.query import QueryEncoder
-from mlpmem_rag.reading import agreed_answer, encoded, read_batch, reading_prompt
+from mlpmem_rag.reading import agreed_answer, read_batch, reading
 from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
@@ -323,23 +322,25 @@ class MemoryModel:
     ) -> Answer:
         """In a turn of its own, like everything that runs on the model."""
         started = time.perf_counter()
-        prompt = reading_prompt(question, passages)
         found: list[Answer] = []
 
         def read_and_agree(give: Callable[[str], None], stop: threading.Event) -> None:
             model, tokenizer = self.model, self.tokenizer
-            whole = encoded(tokenizer, prompt)
-            kept = fitting(whole, context_window(model.base), max_new_tokens)
-            (read,) = read_batch(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)
+            whole = reading(tokenizer, question, passages)
+            kept = whole.within(self.room_for_prompt(max_new_tokens))
+            # The base model alone reads all at once: in pieces its last bits would be others.
+            openings = self._openings if remembered.lambda_ > 0 else None
+            (read,) = read_batch(model, tokenizer, [kept], openings, max_new_tokens=max_new_tokens)
             vector = self._parts().query_vectors([question])
             agreed = agreed_answer(
                 model,
                 tokenizer,
                 question,
                 vector,
-                prompt,
+                whole,
                 remembered.text,
                 read,
+                openings,
                 lambda_=lambda_,
             )
             confidence = remembered.confidence
@@ -353,8 +354,8 @@ class MemoryModel:
                     confidence=confidence,
                     seconds=seconds,
                     ttft_seconds=seconds,  # nothing is certain before the end
-                    prompt_tokens=remembered.prompt_tokens + len(kept),
-                    cut_tokens=remembered.cut_tokens + len(whole) - len(kept),
+                    prompt_tokens=remembered.prompt_tokens + len(kept.token_ids),
+                    cut_tokens=remembered.cut_tokens + len(whole.token_ids) - len(kept.token_ids),
                 )
             )
 

@@ -49,13 +49,21 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     system = [m for m in messages[:1] if m["role"] == "system"]
     if messages[: len(system) + 1][-1]["role"] != "user":
         return Prompt(token_ids)
-    one, other = (prompt_ids(tokenizer, [*system, _asking(text)]) for text in ("a", "7"))
-    opening = _common(one, other)
-    return Prompt(token_ids, opening if _common(one, token_ids) >= opening else 0)
+    others = (prompt_ids(tokenizer, [*system, _asking(text)]) for text in ("a", "7"))
+    return Prompt(token_ids, unlike(token_ids, *others))
 
 
 def _asking(text: str) -> Message:
     return {"role": "user", "content": text}
+
+
+def unlike(token_ids: Sequence[int], one: Sequence[int], other: Sequence[int]) -> int:
+    """Where a prompt begins to differ from its like, which are made of one text and of another.
+
+    0 where it begins like neither.
+    """
+    opening = _common(one, other)
+    return opening if _common(one, token_ids) >= opening else 0
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -137,11 +145,6 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
         return [*encoded["input_ids"], int(tokenizer.eos_token_id)]
     plain: Any = tokenizer(f" {answer}{STOP_STRING}", add_special_tokens=False)
     return list(plain["input_ids"])
-
-
-def fitting(token_ids: Sequence[int], window: int, new_tokens: int) -> list[int]:
-    """As much of a prompt's end as a window holds with what comes after it, one token at least."""
-    return list(token_ids)[-max(1, window - new_tokens) :]
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

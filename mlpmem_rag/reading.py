@@ -18,7 +18,8 @@ from mlpmem_rag.answering import sureness
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
-from mlpmem_rag.prompts import answer_ids, fitting, left_padded, prompt_ids
+from mlpmem_rag.openings import Openings
+from mlpmem_rag.prompts import Prompt, answer_ids, conversation, unlike
 
 BATCH = 16
 STOP = "\n"
@@ -64,31 +65,48 @@ def _block(question: str, answer: str, passages: Sequence[str]) -> str:
     return f"{context}Question: {question}\nAnswer: {answer}".rstrip(" ")
 
 
+def reading(tokenizer: PreTrainedTokenizerBase, question: str, passages: Sequence[str]) -> Prompt:
+    """`reading_prompt` as the base model reads it; its opening are the examples."""
+    token_ids = encoded(tokenizer, reading_prompt(question, passages))
+    others = (
+        encoded(tokenizer, reading_prompt(text, [text] if passages else [])) for text in ("a", "7")
+    )
+    return Prompt(token_ids, unlike(token_ids, *others))
+
+
 @torch.inference_mode()
 def read_batch(
     model: MLPMemForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
+    openings: Openings | None = None,
     *,
     max_new_tokens: int = 24,
 ) -> list[str]:
     """First line of the base model's greedy continuation of each prompt, without a full stop.
 
-    A prompt that is longer than the context window loses its beginning.
+    Args:
+        model: its base model reads.
+        tokenizer: of the base model.
+        prompts: what it reads; with `max_new_tokens` they fit into its context window.
+        openings: what it has read before; None: it reads all of each prompt at once, which has
+            other last bits.
+        max_new_tokens: most tokens of an answer.
     """
     base: Any = model.base  # torch types submodules as tensors or modules
-    window = context_window(model.base)
-    ids = [fitting(encoded(tokenizer, prompt), window, max_new_tokens) for prompt in prompts]
     texts: dict[int, str] = {}
-    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].token_ids))
     eos = base.generation_config.eos_token_id
     pad = (eos[0] if isinstance(eos, list) else eos) or 0
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
-        tokens, mask = left_padded([ids[number] for number in batch], pad)
+        begun = (openings or Openings(model.base)).begin(
+            [prompts[number] for number in batch], pad, shared=openings is not None
+        )
         output = base.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
+            begun.token_ids,
+            attention_mask=begun.mask,
+            past_key_values=begun.cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -98,9 +116,10 @@ def read_batch(
             tokenizer=tokenizer,
         )
         for line, number in enumerate(batch):
-            text = str(tokenizer.decode(output[line, tokens.shape[1] :], skip_special_tokens=True))
+            tokens = output[line, begun.token_ids.shape[1] :]
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             texts[number] = text.strip().split(STOP)[0].strip().rstrip(".")
-    return [texts[number] for number in range(len(ids))]
+    return [texts[number] for number in range(len(prompts))]
 
 
 @dataclass(frozen=True)
@@ -123,9 +142,10 @@ def agreed_answer(
     tokenizer: PreTrainedTokenizerBase,
     question: str,
     query_vector: Tensor | None,
-    prompt: str,
+    prompt: Prompt,
     remembered: str,
     read: str,
+    openings: Openings | None = None,
     *,
     lambda_: float | None = None,
 ) -> Agreed:
@@ -138,22 +158,22 @@ def agreed_answer(
         tokenizer: theirs.
         question: what was asked.
         query_vector: as the memory's encoder sees it. *Shape:* (1, Q).
-        prompt: what the base model reads, from `reading_prompt`.
+        prompt: what the base model reads, from `reading`.
         remembered: the memory's answer.
         read: the base model's.
+        openings: see `read_batch`.
         lambda_: mixing weight of the memory; None: the one chosen in training.
     """
     window = context_window(model.base)
-    bare = prompt_ids(tokenizer, [{"role": "user", "content": question}])
-    full = encoded(tokenizer, prompt)
+    bare = conversation(tokenizer, [{"role": "user", "content": question}])
     found = []
     for text in (remembered, read):
         said = answer_ids(tokenizer, text)
-        asked = fitting(bare, window, len(said))
-        alone, trace = answer_trace(model, asked, said, query_vector, lambda_=lambda_)
+        asked = bare.within(max(1, window - len(said)))
+        alone, trace = answer_trace(model, asked, said, query_vector, openings, lambda_=lambda_)
         continued = encoded(tokenizer, f" {text}{STOP}", special=False)
-        shown = fitting(full, window, len(continued))
-        reader = answer_log_probs(model, shown, continued, None, lambda_=0.0)
+        shown = prompt.within(max(1, window - len(continued)))
+        reader = answer_log_probs(model, shown, continued, None, openings, lambda_=0.0)
         joint = float(alone.sum() + reader.sum())
         found.append((joint, Agreed(text, trace, is_remembered=text == remembered)))
     (first, mine), (second, other) = found
@@ -163,40 +183,48 @@ def agreed_answer(
 @torch.inference_mode()
 def answer_log_probs(
     model: MLPMemForCausalLM,
-    prompt: Sequence[int],
+    prompt: Prompt,
     answer: Sequence[int],
     query_vector: Tensor | None,
+    openings: Openings | None = None,
     *,
     lambda_: float | None = None,
 ) -> Tensor:
-    """How probable the mixture finds each token of an answer after a prompt. *Shape:* -> (A,)."""
-    ids = torch.tensor([[*prompt, *answer]], device=model.device)
-    kept = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ids.device)
+    """How probable the mixture finds each token of an answer after a prompt. *Shape:* -> (A,).
+
+    `openings`: see `read_batch`.
+    """
+    whole = Prompt([*prompt.token_ids, *answer], prompt.opening)
+    begun = (openings or Openings(model.base)).begin([whole], 0, shared=openings is not None)
+    ids, first = begun.token_ids, len(prompt.token_ids)
+    kept = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
     output = model(
-        input_ids=ids,
-        use_cache=False,
-        logits_to_keep=kept,
+        input_ids=begun.unread,
+        past_key_values=begun.cache,
+        use_cache=begun.cache is not None,
+        logits_to_keep=kept - begun.read,
         query_vector=query_vector,
         memory_lambda=lambda_,
     )
     log_probs = output.logits[0].float().log_softmax(-1)
-    chosen: Tensor = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    chosen: Tensor = log_probs.gather(1, ids[0, first:, None]).squeeze(1)
     return chosen
 
 
 @torch.inference_mode()
 def answer_trace(
     model: MLPMemForCausalLM,
-    prompt: Sequence[int],
+    prompt: Prompt,
     answer: Sequence[int],
     query_vector: Tensor | None,
+    openings: Openings | None = None,
     *,
     lambda_: float | None = None,
 ) -> tuple[Tensor, Trace]:
     """`answer_log_probs`, and how sure the memory alone is of these tokens, if it is asked."""
     heard: list[Tensor] = []
     with model.overheard(heard.append):
-        log_probs = answer_log_probs(model, prompt, answer, query_vector, lambda_=lambda_)
+        log_probs = answer_log_probs(model, prompt, answer, query_vector, openings, lambda_=lambda_)
     if not heard:
         return log_probs, Trace((), ())
     tokens = torch.tensor(answer, device=model.device)

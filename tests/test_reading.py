@@ -17,7 +17,8 @@ from mlpmem_rag.errors import ClosedError
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
-from mlpmem_rag.prompts import answer_ids, fitting, prompt_ids
+from mlpmem_rag.openings import Openings
+from mlpmem_rag.prompts import Prompt, answer_ids, prompt_ids
 from mlpmem_rag.reading import (
     EXAMPLES,
     agreed_answer,
@@ -25,6 +26,7 @@ from mlpmem_rag.reading import (
     answer_trace,
     encoded,
     read_batch,
+    reading,
     reading_prompt,
 )
 
@@ -63,7 +65,7 @@ def test_log_probabilities_are_those_of_the_mixture(
     prompts = [encoded(tokenizer, text) for text in ("a lamp hung over", "the ledger")]
     answers = [[5, 250], [7, 8, 299]]  # the memory knows the first forty tokens
     for prompt, answer in zip(prompts, answers, strict=True):
-        found, trace = answer_trace(model, prompt, answer, None)
+        found, trace = answer_trace(model, Prompt(prompt), answer, None)
         with torch.inference_mode():
             log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
             alone = model(torch.tensor([prompt + answer]), memory_lambda=1.0).logits[0]
@@ -75,10 +77,10 @@ def test_log_probabilities_are_those_of_the_mixture(
         assert min(own[:-1]) > LEAST > own[-1]
         entropies = [torch.special.entr(alone[p].exp()).sum().item() for p in places]
         assert trace.entropies == pytest.approx(entropies, rel=1e-4)
-        unmixed, none = answer_trace(model, prompt, answer, None, lambda_=0.0)
+        unmixed, none = answer_trace(model, Prompt(prompt), answer, None, lambda_=0.0)
         assert none == Trace((), ())
         torch.testing.assert_close(
-            unmixed, answer_log_probs(model, prompt, answer, None, lambda_=0)
+            unmixed, answer_log_probs(model, Prompt(prompt), answer, None, lambda_=0)
         )
 
 
@@ -86,7 +88,8 @@ def test_prompts_are_read_together_as_alone(
     pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
 ) -> None:
     model, tokenizer = pair
-    prompts = [reading_prompt(q, c) for q, c in (("Who?", []), ("Where was it?", ["A quay."]))]
+    asked: tuple[tuple[str, list[str]], ...] = (("Who?", []), ("Where was it?", ["A quay."]))
+    prompts = [reading(tokenizer, q, c).within(context_window(model.base) - 6) for q, c in asked]
     together = read_batch(model, tokenizer, prompts, max_new_tokens=6)
     alone = [read_batch(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone
@@ -97,13 +100,13 @@ def test_the_jointly_more_probable_answer_is_given(
 ) -> None:
     model, tokenizer = pair
     question, remembered, read = "Who hung the lamp?", "the ledger of a clerk", "ann"
-    prompt = reading_prompt(question, ["Ann hung it."])
-    bare = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    prompt = reading(tokenizer, question, ["Ann hung it."])
+    bare = Prompt(prompt_ids(tokenizer, [{"role": "user", "content": question}]))
     joint = []
     for text in (remembered, read):
         line = encoded(tokenizer, f" {text}\n", special=False)
         own = answer_log_probs(model, bare, answer_ids(tokenizer, text), None)
-        reader = answer_log_probs(model, encoded(tokenizer, prompt), line, None, lambda_=0.0)
+        reader = answer_log_probs(model, prompt, line, None, lambda_=0.0)
         joint.append(float(own.sum() + reader.sum()))
     expected = remembered if joint[0] >= joint[1] else read
     found = agreed_answer(model, tokenizer, question, None, prompt, remembered, read)
@@ -130,7 +133,7 @@ def test_the_confidence_is_that_of_the_text_given(
         if both.text == alone.text:
             assert both.confidence == alone.confidence
         else:
-            bare = prompt_ids(memory.tokenizer, [{"role": "user", "content": question}])
+            bare = Prompt(prompt_ids(memory.tokenizer, [{"role": "user", "content": question}]))
             _, trace = answer_trace(memory.model, bare, answer_ids(memory.tokenizer, read), None)
             assert both.confidence == pytest.approx(confidence.of(trace))
         given.add(both.text == alone.text)
@@ -160,13 +163,12 @@ def test_an_answer_with_passages_counts_both_prompts(
     memory = MemoryModel(*pair)
     alone = memory.answer("Who hung it?", max_new_tokens=4)
     both = memory.answer("Who hung it?", max_new_tokens=4, passages=["Ann hung it."])
-    prompt = reading_prompt("Who hung it?", ["Ann hung it."])
-    whole = encoded(memory.tokenizer, prompt)
-    kept = fitting(whole, context_window(memory.model.base), 4)
-    assert 0 < len(kept) < len(whole), "the window is small"
-    assert both.prompt_tokens == alone.prompt_tokens + len(kept)
-    assert both.cut_tokens == alone.cut_tokens + len(whole) - len(kept)
-    (read,) = read_batch(memory.model, memory.tokenizer, [prompt], max_new_tokens=4)
+    whole = reading(memory.tokenizer, "Who hung it?", ["Ann hung it."])
+    kept = whole.within(memory.room_for_prompt(4))
+    assert 0 < len(kept.token_ids) < len(whole.token_ids), "the window is small"
+    assert both.prompt_tokens == alone.prompt_tokens + len(kept.token_ids)
+    assert both.cut_tokens == alone.cut_tokens + len(whole.token_ids) - len(kept.token_ids)
+    (read,) = read_batch(memory.model, memory.tokenizer, [kept], max_new_tokens=4)
     assert both.text in {alone.text, read}
 
 
@@ -185,3 +187,71 @@ def test_passages_beyond_the_window_lose_their_beginning(
         answer = memory.answer("Who? " * 200, max_new_tokens=4, passages=["Ann hung it. " * 400])
     assert answer.text
     assert max(lengths) <= 128
+
+
+@pytest.fixture
+def roomy(
+    pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> tuple[MLPMemForCausalLM, PreTrainedTokenizerBase]:
+    """The same, with room for the examples and what comes after them."""
+    monkeypatch.setattr(pair[0].base.config, "max_position_embeddings", 4096)
+    return pair
+
+
+def test_the_examples_are_the_opening(
+    roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    _, tokenizer = roomy
+    for passages in (["Ann hung it."], ["A quay.", "The ledger."], []):
+        prompt = reading(tokenizer, "Who hung it?", passages)
+        assert prompt.token_ids == encoded(tokenizer, reading_prompt("Who hung it?", passages))
+        said = tokenizer.decode(prompt.token_ids[: prompt.opening])
+        left = tokenizer.decode(prompt.token_ids[prompt.opening :])
+        assert EXAMPLES[-1][2] in said
+        assert "Who hung it?" in left
+        assert len(left) < 120
+
+
+def test_with_the_examples_read_before_the_answers_are_the_same(
+    roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = roomy
+    asked = (("Who hung it?", ["Ann hung it."]), ("Where?", ["A quay lies there, they say."]))
+    prompts = [reading(tokenizer, question, passages) for question, passages in asked]
+    openings = Openings(model.base)
+    whole = read_batch(model, tokenizer, prompts, max_new_tokens=6)
+    assert read_batch(model, tokenizer, prompts, openings, max_new_tokens=6) == whole
+    line = encoded(tokenizer, " a ledger\n", special=False)
+    for prompt in prompts:
+        torch.testing.assert_close(
+            answer_log_probs(model, prompt, line, None, openings, lambda_=0.0),
+            answer_log_probs(model, prompt, line, None, lambda_=0.0),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_the_examples_are_read_once(
+    roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    memory, read = MemoryModel(*roomy), []
+
+    def note(_: object, __: object, kwargs: dict[str, torch.Tensor]) -> None:
+        read.append(kwargs["input_ids"].shape[1])
+
+    def tokens_read(*, lambda_: float | None = None) -> tuple[int, str]:
+        read.clear()
+        passages = ["Ann hung it."]
+        answer = memory.answer("Who hung it?", max_new_tokens=4, passages=passages, lambda_=lambda_)
+        return sum(read), answer.text
+
+    with memory.model.base.base_model.register_forward_pre_hook(note, with_kwargs=True):
+        first, text = tokens_read()
+        second, again = tokens_read()
+        whole, _ = tokens_read(lambda_=0.0)
+    opening = reading(memory.tokenizer, "Who hung it?", ["Ann hung it."]).opening
+    assert again == text
+    assert first - second >= opening
+    assert second < opening
+    # Read to answer, and for either of two answers; the base model alone reads all at once.
+    assert whole > 3 * opening

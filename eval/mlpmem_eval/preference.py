@@ -16,7 +16,7 @@ from torch import Tensor
 from mlpmem_eval.questions import question_rows
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.prompts import answer_ids, prompt_ids
+from mlpmem_rag.prompts import Prompt, answer_ids, prompt_ids
 from mlpmem_rag.reading import answer_log_probs
 
 Floats = npt.NDArray[np.float64]
@@ -97,5 +97,5 @@ def _mean_log_prob(
     tokens = answer_ids(memory.tokenizer, answer)
     messages = [{"role": "user", "content": prompt}]
     room = memory.room_for_prompt(len(tokens))
-    ids = prompt_ids(memory.tokenizer, messages)[-room:]
-    return float(answer_log_probs(memory.model, ids, tokens, vector, lambda_=lambda_).mean())
+    asked = Prompt(prompt_ids(memory.tokenizer, messages)).within(room)
+    return float(answer_log_probs(memory.model, asked, tokens, vector, lambda_=lambda_).mean())
