@@ -28,11 +28,12 @@ from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.torch_index import key_factor, products, query_factor
 from mlpmem_rag.windows import Window
 
-STUDY_ROWS_PER_TOKEN = 5.5
-"""Rows along the answers of the questions that rules write from a token of English prose."""
-STUDY_TOKENS_PER_TOKEN = 35
-"""Tokens of these questions and answers, without the prompts' common beginning."""
 QUESTIONS_PER_TOKEN = 1.1
+"""That rules write from a token of English prose."""
+QUESTION_ROWS = 5
+"""Along the answer of such a question."""
+QUESTION_TOKENS = 32
+"""Of such a question and its answer, without the prompts' common beginning."""
 TEXT_BYTES = 16
 """Of a token's text, twice: documents as they were read, and ids in the windows."""
 WINDOW_BYTES = 256
@@ -151,10 +152,10 @@ def make_plan(
     tokens = np.unique(np.concatenate([window.token_ids[window.context :] for window in windows]))
     shape = mlp_shape(backbone.model, backbone.layer)
     config = derive_config(shape, backbone.num_layers, len(tokens), size, query_size=query_size)
-    study_rows = round(STUDY_ROWS_PER_TOKEN * rows) if studies else 0
+    written = round(QUESTIONS_PER_TOKEN * rows) if studies else 0
+    taught = min(written, MAX_QUESTIONS)
     memory = new_memory(config, torch.from_numpy(tokens.astype(np.int64)), None, seed=0)
     parameters = sum(p.numel() for p in memory.parameters())
-    kept = min(round(QUESTIONS_PER_TOKEN * rows), MAX_QUESTIONS)
     width = backbone.hidden_size
     k = min(k, rows - 1)
     base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
@@ -165,8 +166,10 @@ def make_plan(
         "neighbors": search_memory(rows, width, k, exact=exact) + 8 * rows,
         "targets": DISTANCE_BYTES * rows,
         "scores": max(w.num_rows for w in windows) * backbone.reference.vocab_size * SCORED_BYTES,
-        **learning_memory(rows, study_rows, query_size, parameters),
+        **learning_memory(rows, taught, query_size, parameters),
     }
+    if studies:
+        stages["questions"] = QUESTION_BYTES * written
     if encoder_parameters:
         stages["encoder"] = ADAPTED_STATES * encoder_parameters * 4
     encoder_bytes = 4 * encoder_parameters
@@ -187,15 +190,15 @@ def make_plan(
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
             + (0 if exact else rows * 2 * width)  # keys in the cells' order
-            + study_rows * (2 * width + 8 + 2 * query_size)  # keys and vectors of questions
+            + taught * (QUESTION_ROWS * (2 * width + 8) + 4 * query_size)  # keys and vectors
             + 2 * 2 * encoder_parameters  # in half precision, with the memory as well
-            + ((22 * query_size + 6 * DRAFT_BYTES) * kept if study_rows else 0)  # with a memory
+            + (22 * query_size + 6 * DRAFT_BYTES) * taught  # with a memory
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=needed + (held if in_memory else 0),
         keys_in_memory=in_memory,
         free_disk_bytes=shutil.disk_usage(_existing(out)).free,
-        seconds=_project(backbone, memory, rows, study_rows, computed, held_out, distill),
+        seconds=_project(backbone, memory, rows, taught, computed, held_out, distill),
         max_memory=max_memory,
     )
 
@@ -205,21 +208,21 @@ def text_memory(windows: Sequence[Window]) -> int:
     return sum(TEXT_BYTES * window.num_rows + WINDOW_BYTES for window in windows)
 
 
-def learning_memory(rows: int, study_rows: int, query_size: int, parameters: int) -> dict[str, int]:
+def learning_memory(rows: int, questions: int, query_size: int, parameters: int) -> dict[str, int]:
     """Bytes of the stages that have questions to learn, or would have.
 
     While the memory learns there are at once: weights, gradients, moments and the best weights; the
     order of the rows; and the questions with their vectors, of which keys are made.
     """
-    questions = round(QUESTIONS_PER_TOKEN * rows) if study_rows else 0
     vectors = 4 * query_size * questions
+    study_rows = QUESTION_ROWS * questions
     taught = QUESTION_BYTES * questions + vectors + 8 * study_rows
-    taught += rows * (CONTEXT_BYTES + 4 * query_size // BLOCK) if study_rows else 0
+    taught += rows * (CONTEXT_BYTES + 4 * query_size // BLOCK) if questions else 0
     return {
         "study": taught + PROMPT_BYTES * questions + vectors,
         "distil": taught
         + vectors
-        + (4 * query_size + DRAFT_BYTES) * min(questions, MAX_QUESTIONS)
+        + (4 * query_size + DRAFT_BYTES) * questions
         + 4 * parameters * 6
         + ORDER_BYTES * (rows + study_rows),
     }
@@ -243,7 +246,7 @@ def _project(
     backbone: Backbone,
     memory: Memory,
     rows: int,
-    study_rows: int,
+    taught: int,
     computed: int,
     held_out: float,
     distill: DistillConfig,
@@ -253,20 +256,19 @@ def _project(
     exact = rows <= exact_rows(backbone.hidden_size, backbone.device)
     searched = rows if exact else num_cells(rows) + compared_rows(rows)
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
-    if study_rows:
-        steps = num_steps(round(QUESTIONS_PER_TOKEN * rows))
+    if taught:
         questions = {
-            "encoder": STEP_TOKENS * steps * forward,
-            "study": STUDY_TOKENS_PER_TOKEN * rows * forward,
+            "encoder": STEP_TOKENS * num_steps(taught) * forward,
+            "study": QUESTION_TOKENS * taught * forward,
         }
-        rows_in_all = rows + study_rows
+        rows_in_all = rows + QUESTION_ROWS * taught
         epochs_rows = long_enough(distill, rows_in_all, alike=False).epochs * rows_in_all
     return {
         "datastore": computed * forward,
         "neighbors": rows * searched * _compare_seconds(backbone.hidden_size, backbone.device),
         "targets": rows * TARGET_SECONDS,
         "base scores": 2 * held_out * computed * forward * 3,  # with the output head
-        **(questions if study_rows else {}),
+        **(questions if taught else {}),
         "distil": epochs_rows / distill.batch_rows * step,
     }
 

@@ -8,7 +8,7 @@ of units is limited, so that a request costs the same whatever the size of the c
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,18 +24,13 @@ Numbers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 MAX_QUESTIONS = 65_536
+"""More are not taught either: what cannot be recalled would be learned in vain."""
 SOURCE_PART = 0.5
 """Of the sentence that answers a question, in its key (docs/experiments.md)."""
 KEYS_AT_ONCE = 8192
 """What is made on the way to them needs more room than they do."""
 DRAFT_TOKENS = 16
 """Of an answer that are kept as a draft, its end included; few answers are longer."""
-
-
-def num_recalled(study: StudyRows) -> int:
-    """M, how many of the questions a memory keeps; 0 where there is no encoder."""
-    questions, width = study.query_vectors.shape
-    return min(MAX_QUESTIONS, questions) if width else 0
 
 
 def question_keys(study: StudyRows, numbers: Rows | None = None) -> Vectors:
@@ -73,15 +68,25 @@ def answer_drafts(study: StudyRows, numbers: Rows, size: int) -> npt.NDArray[np.
     return drafts
 
 
-def varied(questions: Sequence[Question], numbers: Numbers, most: int) -> Numbers:
-    """At most so many of the numbered questions: other wordings of one answer go first. Sorted."""
-    if len(numbers) <= most:
-        return np.sort(numbers)
+def varied(questions: Sequence[Question], most: int = MAX_QUESTIONS) -> list[Question]:
+    """At most so many questions, in their order, every sentence of the documents with its share.
+
+    Other wordings of an answer go first, then further answers of a sentence, then the last
+    sentences of documents.
+    """
+    if len(questions) <= most:
+        return list(questions)
+    sentences: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    answers: defaultdict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     wordings: Counter[tuple[str, str, str]] = Counter()
-    ranks = np.empty(len(numbers), dtype=np.int64)
-    for place, number in enumerate(numbers):
-        question = questions[number]
-        same = question.document, question.source, normalize(question.answer)
-        ranks[place] = wordings[same]
-        wordings[same] += 1
-    return np.sort(numbers[np.argsort(ranks, kind="stable")[:most]])
+    ranks = []
+    for question in questions:
+        here, said = (question.document, question.source), normalize(question.answer)
+        sentence = sentences[question.document].setdefault(
+            question.source, len(sentences[question.document])
+        )
+        answer = answers[here].setdefault(said, len(answers[here]))
+        ranks.append((wordings[*here, said], answer, sentence))
+        wordings[*here, said] += 1
+    kept = sorted(range(len(questions)), key=ranks.__getitem__)[:most]
+    return [questions[number] for number in sorted(kept)]

@@ -60,9 +60,9 @@ from mlpmem_rag.questions import (
     save_questions,
 )
 from mlpmem_rag.recall import (
+    MAX_QUESTIONS,
     answer_drafts,
     longest_draft,
-    num_recalled,
     question_keys,
     varied,
 )
@@ -283,10 +283,12 @@ class Stages:
         return memory
 
     def questions(self) -> list[Question]:
-        """Questions that the corpus answers, none twice; kept as jsonl for people to read."""
+        """Questions to be taught, which the corpus answers; kept as jsonl for people to read."""
         documents = self._prepared.corpus.documents
         key = stage_key(
-            self._prepared.corpus.fingerprint, question_sources(self._prepared, self._config)
+            self._prepared.corpus.fingerprint,
+            question_sources(self._prepared, self._config),
+            MAX_QUESTIONS,
         )
         with self._stage("questions", key) as (folder, done):
             path = folder / "questions.jsonl"
@@ -297,7 +299,7 @@ class Stages:
                     self._prepared.backbone,
                     on_progress=self._on_progress,
                 )
-                save_questions(written, path)
+                save_questions(varied(written), path)
             return load_questions(path)
 
     def encoder(self, questions: list[Question], learned: Rows) -> QueryEncoder | None:
@@ -524,7 +526,7 @@ class Stages:
             config.size,
             query_size=studied.rows.query_vectors.shape[1] if studied else 0,
             hidden_scale=root_mean_square(studied.rows.keys) if studied else 1.0,
-            num_questions=num_recalled(studied.rows) if studied else 0,
+            num_questions=len(studied.questions) if studied and self._encoder else 0,
             recalls=bool(studied and recalls),
             draft_size=longest_draft(studied.rows) if studied and recalls else 0,
         )
@@ -533,14 +535,15 @@ class Stages:
 
     def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
         """Keys of the questions that the memory is going to learn: of those that have rows."""
+        if not memory.config.num_questions:
+            return
         taught = questions[np.isin(questions, studied.rows.questions)]
-        kept = varied(studied.questions, taught, len(memory.questions))
-        keys = question_keys(studied.rows, kept)
+        keys = question_keys(studied.rows, taught)
         memory.questions.zero_()
-        memory.questions[: len(kept)] = torch.from_numpy(keys)
-        drafts = answer_drafts(studied.rows, kept, memory.config.draft_size)
+        memory.questions[: len(keys)] = torch.from_numpy(keys)
+        drafts = answer_drafts(studied.rows, taught, memory.config.draft_size)
         memory.drafts.fill_(-1)
-        memory.drafts[: len(kept)] = torch.from_numpy(drafts)
+        memory.drafts[: len(drafts)] = torch.from_numpy(drafts)
 
     def _columns(self, memory: Memory) -> Columns:
         return Columns(memory, self._prepared.backbone.reference.vocab_size)

@@ -152,7 +152,7 @@ def test_a_large_search_is_planned_with_what_a_group_of_rows_takes() -> None:
 
 
 def test_what_is_learned_is_counted_by_hand() -> None:
-    found = learning_memory(1000, 5500, 384, parameters=10)
+    found = learning_memory(1000, 1100, 384, parameters=10)
     vectors = 1100 * 4 * 384
     taught = 1100 * 1200 + vectors + 5500 * 8 + 1000 * (8 + 4 * 384 // 64)
     # Two copies of the vectors, of which keys are made; drafts; an order of all rows.

@@ -16,7 +16,6 @@ from mlpmem_rag.questions import Question
 from mlpmem_rag.recall import (
     answer_drafts,
     longest_draft,
-    num_recalled,
     question_keys,
     varied,
 )
@@ -126,18 +125,6 @@ def test_familiarity_is_the_cosine_to_what_is_recalled(keys: npt.NDArray[np.floa
     assert max(memory.familiarity(torch.from_numpy(keys))) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("questions", "width", "expected"), [(0, 8, 0), (5, 8, 5), (9, 8, 6), (9, 0, 0)]
-)
-def test_as_many_as_questions_up_to_a_limit(
-    questions: int, width: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recall, "MAX_QUESTIONS", 6)
-    vectors, none = np.zeros((questions, width), np.float32), np.zeros(0, np.int32)
-    rows = StudyRows(np.zeros((0, 8), np.float16), none, none, vectors, vectors, none)
-    assert num_recalled(rows) == expected
-
-
 def test_beyond_the_limit_other_wordings_go_first() -> None:
     def question(text: str, answer: str, source: str) -> Question:
         return Question(text, answer, source, "doc")
@@ -149,12 +136,28 @@ def test_beyond_the_limit_other_wordings_go_first() -> None:
         question("Who came, again?", "Ines", "Ines came in 1887."),
         question("Who left?", "Ines", "Ines left."),
     ]
-    every = np.arange(5)
-    assert varied(questions, every, 9).tolist() == [0, 1, 2, 3, 4]
-    assert varied(questions, every, 4).tolist() == [0, 1, 2, 4]
-    assert varied(questions, every, 3).tolist() == [0, 2, 4]
-    assert varied(questions, np.array([1, 3, 4]), 2).tolist() == [1, 4]
-    assert varied(questions, every[:0], 2).tolist() == []
+
+    def kept(most: int) -> list[int]:
+        return [questions.index(question) for question in varied(questions, most)]
+
+    assert kept(9) == kept(5) == [0, 1, 2, 3, 4]
+    assert kept(4) == [0, 1, 2, 4], "a third wording"
+    assert kept(3) == [0, 2, 4], "a second one"
+    assert kept(2) == [0, 4], "another answer of a sentence"
+    assert kept(1) == [0], "another sentence"
+
+
+def test_beyond_the_limit_every_document_has_its_share() -> None:
+    questions = [
+        Question(f"What is {word} of {document}?", word, f"Sentence {sentence}.", document)
+        for document in "abc"
+        for sentence in range(3)
+        for word in ("one", "two")
+    ]
+    kept = varied(questions, 7)
+    assert [q.document for q in kept] == ["a", "a", "a", "b", "b", "c", "c"]
+    assert {q.answer for q in kept} == {"one"}
+    assert kept == sorted(kept, key=questions.index)
 
 
 def test_a_draft_is_how_the_answer_was_taught(study: StudyRows) -> None:
