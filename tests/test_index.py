@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +19,11 @@ from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import MissingDependencyError, MLPMemError
 from mlpmem_rag.index import (
     BLAS_FROM,
+    CORE_TYPE,
     CPU,
     FLAT_MAX_ROWS,
     RERANK_FACTOR,
+    blas_kernels,
     check_search,
     flat_index,
     import_faiss,
@@ -225,6 +230,60 @@ def test_few_queries_are_searched_by_matrix_products_too(monkeypatch: pytest.Mon
     # As older builds have it: in queries, not in numbers.
     monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 20)
     assert import_faiss().cvar.distance_compute_blas_threshold == 20
+
+
+WIDE = dict.fromkeys(("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"), True)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({**WIDE, "cpu_name": "Intel Xeon 2.80GHz"}, "SKYLAKEX"),
+        ({**WIDE, "cpu_name": "AMD EPYC 9R14"}, "ZEN"),
+        ({**WIDE, "avx512_bw": False, "cpu_name": "Intel Xeon Phi 7250"}, "HASWELL"),
+        ({"avx2": True, "fma3": True}, "HASWELL"),
+        ({"avx2": True, "fma3": False, "cpu_name": "VIA"}, None),
+        ({"architecture": "arm64", "neon": True}, None),
+    ],
+)
+def test_products_of_the_processor_are_chosen(
+    capabilities: dict[str, object], expected: str | None
+) -> None:
+    assert blas_kernels(capabilities) == expected
+
+
+KERNELS = """
+import json, os
+from threadpoolctl import threadpool_info
+from mlpmem_rag.index import import_faiss
+before = dict(os.environ)
+import_faiss()
+assert dict(os.environ) == before
+print(json.dumps([i["architecture"] for i in threadpool_info()
+                  if i["internal_api"] == "openblas" and "faiss" in i["filepath"]]))
+"""
+
+
+@pytest.mark.parametrize("given", [None, "Nehalem"])
+def test_faiss_takes_the_products_that_it_is_told(given: str | None) -> None:
+    expected = given or blas_kernels(torch.cpu.get_capabilities())
+    if expected is None:
+        pytest.skip("a processor of which nothing is told")
+    environment = {k: v for k, v in os.environ.items() if k != CORE_TYPE}
+    if given is not None:
+        environment[CORE_TYPE] = given
+    found = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", KERNELS],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
+    if not found:
+        pytest.skip("FAISS comes with another library than OpenBLAS")
+    assert [name.upper() for name in found] == [expected.upper()]
 
 
 def test_a_gpu_searches_exactly_what_fits_into_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
