@@ -316,7 +316,7 @@ class StudyFigures:
     """What the training without held-out parts has learned of the written questions.
 
     Attributes:
-        questions: written in all.
+        questions: taught in all.
         sources: distinct sentences or lines they were written from.
         coverage: share of the corpus's words that stand in the answer of some question.
         taught: exact match on questions that were learned.

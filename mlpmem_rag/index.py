@@ -7,6 +7,7 @@ index proposes candidates and their distances are computed again from the stored
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -91,18 +92,18 @@ def _blas_kernels() -> Iterator[None]:
     (OpenBLAS issue 3453), and searches at a fifth of the speed. It asks only while it is loaded.
     """
     kernels = blas_kernels(torch.cpu.get_capabilities())
-    if kernels is None or CORE_TYPE in os.environ:
+    if kernels is None or CORE_TYPE in os.environ or "faiss" in sys.modules:
         yield
         return
     os.environ[CORE_TYPE] = kernels
     try:
         yield
     finally:
-        del os.environ[CORE_TYPE]
+        os.environ.pop(CORE_TYPE, None)
 
 
 def blas_kernels(capabilities: Mapping[str, Any]) -> str | None:
-    """OpenBLAS's name for the fastest of its products that a processor can run; None: let it see.
+    """OpenBLAS's name for products that a processor can run well; None: it may see for itself.
 
     Args:
         capabilities: as torch tells them.

@@ -34,6 +34,8 @@ QUESTION_ROWS = 5
 """Along the answer of such a question."""
 QUESTION_TOKENS = 32
 """Of such a question and its answer, without the prompts' common beginning."""
+SENTENCE_TOKENS = 25
+"""Of a sentence that questions are written from (SQuAD 2.0's half development set: 32)."""
 TEXT_BYTES = 16
 """Of a token's text, twice: documents as they were read, and ids in the windows."""
 WINDOW_BYTES = 256
@@ -190,7 +192,8 @@ def make_plan(
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
             + (0 if exact else rows * 2 * width)  # keys in the cells' order
-            + taught * (QUESTION_ROWS * (2 * width + 8) + 4 * query_size)  # keys and vectors
+            + taught * QUESTION_ROWS * (2 * width + 8)
+            + (vector_bytes(rows, taught, query_size) + context_bytes(rows, query_size)) * studies
             + 2 * 2 * encoder_parameters  # in half precision, with the memory as well
             + (22 * query_size + 6 * DRAFT_BYTES) * taught  # with a memory
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
@@ -214,18 +217,30 @@ def learning_memory(rows: int, questions: int, query_size: int, parameters: int)
     While the memory learns there are at once: weights, gradients, moments and the best weights; the
     order of the rows; and the questions with their vectors, of which keys are made.
     """
-    vectors = 4 * query_size * questions
+    vectors = vector_bytes(rows, questions, query_size)
+    keys = 4 * query_size * questions
     study_rows = QUESTION_ROWS * questions
     taught = QUESTION_BYTES * questions + vectors + 8 * study_rows
-    taught += rows * (CONTEXT_BYTES + 4 * query_size // BLOCK) if questions else 0
+    taught += context_bytes(rows, query_size) if questions else 0
     return {
         "study": taught + PROMPT_BYTES * questions + vectors,
         "distil": taught
-        + vectors
-        + (4 * query_size + DRAFT_BYTES) * questions
+        + keys
+        + keys
+        + DRAFT_BYTES * questions
         + 4 * parameters * 6
         + ORDER_BYTES * (rows + study_rows),
     }
+
+
+def vector_bytes(rows: int, questions: int, query_size: int) -> int:
+    """Of the query vectors of questions and of the sentences that they were written from."""
+    return 4 * query_size * (questions + min(questions, rows // SENTENCE_TOKENS))
+
+
+def context_bytes(rows: int, query_size: int) -> int:
+    """Of the vectors of the text before each stretch of the corpus."""
+    return rows * (CONTEXT_BYTES + 4 * query_size // BLOCK)
 
 
 def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:

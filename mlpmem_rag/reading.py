@@ -110,6 +110,7 @@ def read_batch(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            use_cache=True,
             num_return_sequences=1,
             pad_token_id=pad,
             stop_strings=[STOP],
@@ -166,6 +167,8 @@ def agreed_answer(
     """
     window = context_window(model.base)
     bare = conversation(tokenizer, [{"role": "user", "content": question}])
+    if query_vector is None and model.query_size:  # behind an opening it would find none
+        query_vector = model.queries_in(torch.tensor([bare.token_ids], device=model.device))
     found = []
     for text in (remembered, read):
         said = answer_ids(tokenizer, text)

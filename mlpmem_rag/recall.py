@@ -25,6 +25,8 @@ Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 MAX_QUESTIONS = 65_536
 """More are not taught either: what cannot be recalled would be learned in vain."""
+REWORDED = 1 / 8
+"""Of the questions taught, at least: other wordings of an answer, where there are so many."""
 SOURCE_PART = 0.5
 """Of the sentence that answers a question, in its key (docs/experiments.md)."""
 KEYS_AT_ONCE = 8192
@@ -68,25 +70,40 @@ def answer_drafts(study: StudyRows, numbers: Rows, size: int) -> npt.NDArray[np.
     return drafts
 
 
-def varied(questions: Sequence[Question], most: int = MAX_QUESTIONS) -> list[Question]:
-    """At most so many questions, in their order, every sentence of the documents with its share.
+def varied(questions: Sequence[Question], most: int) -> list[Question]:
+    """At most so many questions, in their order, spread over all documents.
 
-    Other wordings of an answer go first, then further answers of a sentence, then the last
-    sentences of documents.
+    Third and further wordings of an answer go first, then further answers of a sentence. Some
+    answers keep two wordings, of which calibration holds one out.
     """
     if len(questions) <= most:
         return list(questions)
-    sentences: defaultdict[str, dict[str, int]] = defaultdict(dict)
     answers: defaultdict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    wordings: Counter[tuple[str, str, str]] = Counter()
-    ranks = []
+    wordings: Counter[tuple[str, str, int]] = Counter()
+    meant: list[tuple[str, str, int]] = []
+    ranks: list[tuple[int, int]] = []
     for question in questions:
         here, said = (question.document, question.source), normalize(question.answer)
-        sentence = sentences[question.document].setdefault(
-            question.source, len(sentences[question.document])
-        )
         answer = answers[here].setdefault(said, len(answers[here]))
-        ranks.append((wordings[*here, said], answer, sentence))
-        wordings[*here, said] += 1
-    kept = sorted(range(len(questions)), key=ranks.__getitem__)[:most]
+        meant.append((*here, answer))
+        ranks.append((wordings[meant[-1]], answer))
+        wordings[meant[-1]] += 1
+    first = [number for number, (wording, _) in enumerate(ranks) if not wording]
+    other = [number for number, (wording, _) in enumerate(ranks) if wording]
+    kept = _spread(first, ranks, most - min(len(other), int(most * REWORDED)))
+    known = {meant[number] for number in kept}
+    other = [number for number in other if meant[number] in known]
+    kept += _spread(other, ranks, most - len(kept))
     return [questions[number] for number in sorted(kept)]
+
+
+def _spread(numbers: list[int], ranks: Sequence[tuple[int, int]], most: int) -> list[int]:
+    """Those of the lowest ranks; of the rank where it ends, evenly spaced ones."""
+    if len(numbers) <= most:
+        return numbers
+    in_order = sorted(numbers, key=ranks.__getitem__)
+    end = ranks[in_order[most]]
+    kept = [number for number in in_order if ranks[number] < end]
+    rivals = [number for number in in_order if ranks[number] == end]
+    room = most - len(kept)
+    return kept + [rivals[place * len(rivals) // room] for place in range(room)]

@@ -23,7 +23,7 @@ class TrainReport:
         skipped: sources left out, with the reason.
         tokens: tokens of all documents.
         rows: rows of the datastore.
-        questions: questions written from the documents.
+        questions: taught, written from the documents or given.
         study_rows: rows along their answers.
         vocabulary: distinct tokens the memory can predict.
         parameters: number of the memory's parameters.
@@ -147,7 +147,7 @@ def _answers(study: StudyFigures) -> str:
     return f"""
 ## Measured on written questions
 
-{study.questions:,} questions were written from {study.sources:,} sentences and lines. Exact match
+{study.questions:,} questions from {study.sources:,} sentences and lines were taught. Exact match
 before the memory learned what was held out:
 
 | learned questions | other wordings (the nearest learned question) | documents not learned |

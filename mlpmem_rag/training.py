@@ -64,7 +64,6 @@ from mlpmem_rag.recall import (
     answer_drafts,
     longest_draft,
     question_keys,
-    varied,
 )
 from mlpmem_rag.schedule import CATCHING_UP, catching_up, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
@@ -299,7 +298,7 @@ class Stages:
                     self._prepared.backbone,
                     on_progress=self._on_progress,
                 )
-                save_questions(varied(written), path)
+                save_questions(written, path)
             return load_questions(path)
 
     def encoder(self, questions: list[Question], learned: Rows) -> QueryEncoder | None:

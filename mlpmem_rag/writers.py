@@ -15,6 +15,7 @@ from mlpmem_rag.language_writer import LanguageModelWriter, base_model_completer
 from mlpmem_rag.passages import best_answering, sentences
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.questions import BASE_MODEL, RULES, WRITERS, Question, QuestionWriter
+from mlpmem_rag.recall import MAX_QUESTIONS, varied
 
 
 def write_questions(
@@ -24,7 +25,9 @@ def write_questions(
     *,
     on_progress: OnProgress = ignore_progress,
 ) -> list[Question]:
-    """Questions of all writers, in the order they are named, none twice.
+    """Questions of all writers, in the order they are named, none twice, no more than are taught.
+
+    Those in files are all kept, and the other writers share what room they leave.
 
     Args:
         sources: `rules`, `base-model`, or paths of jsonl files.
@@ -33,19 +36,27 @@ def write_questions(
         on_progress: called often.
 
     Raises:
-        ConfigError: a source that is neither a writer nor a file, or a row that is no question.
+        ConfigError: a source that is neither a writer nor a file, a row that is no question, or
+            more questions in files than a memory can be taught.
         CorpusError: no question could be written.
     """
     written: dict[tuple[str, str], Question] = {}
+    own: set[tuple[str, str]] = set()
     for writer in [writer_of(source, backbone) for source in sources]:
         for question in writer.write(documents, on_progress=on_progress):
-            written.setdefault((question.text, question.answer), question)
+            name = question.text, question.answer
+            written.setdefault(name, question)
+            if isinstance(writer, OwnQuestions):
+                own.add(name)
+    _check_number(len(own), sources)
     if not written:
         raise CorpusError(
             f"no question could be written from the corpus by {', '.join(sources)}; give "
             "questions of your own with --questions FILE.jsonl, or train with --recipe paper"
         )
-    return list(written.values())
+    others = [question for name, question in written.items() if name not in own]
+    kept = own | {(q.text, q.answer) for q in varied(others, MAX_QUESTIONS - len(own))}
+    return [question for name, question in written.items() if name in kept]
 
 
 def writer_of(source: str, backbone: Backbone | None) -> QuestionWriter:
@@ -67,11 +78,20 @@ def check_own(sources: Sequence[str]) -> None:
     """Read the files of questions among the sources, so that a mistake there shows at once.
 
     Raises:
-        ConfigError: a source that is neither a writer nor a file, or a row that is no question.
+        ConfigError: a source that is neither a writer nor a file, a row that is no question, or
+            more questions than a memory can be taught.
     """
-    for source in sources:
-        if source not in WRITERS:
-            _own(source).parsed()
+    parsed = [_own(source).parsed() for source in sources if source not in WRITERS]
+    own = {(question.text, question.answer) for question, _ in chain.from_iterable(parsed)}
+    _check_number(len(own), sources)
+
+
+def _check_number(own: int, sources: Sequence[str]) -> None:
+    if own > MAX_QUESTIONS:
+        raise ConfigError(
+            f"{', '.join(sources)}: {own:,} questions in files; a memory is taught "
+            f"{MAX_QUESTIONS:,} at most; leave some out, or train several memories"
+        )
 
 
 def _own(source: str) -> OwnQuestions:

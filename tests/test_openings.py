@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mlpmem_rag.answering import answer_batch
-from mlpmem_rag.backbone import load_backbone
+from mlpmem_rag.backbone import Backbone, load_backbone
 from mlpmem_rag.decoding import Decoding
 from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import KEPT, SHORTEST, Openings, continued
 from mlpmem_rag.prompts import conversation, prompt_ids
+from mlpmem_rag.reading import agreed_answer, reading
 
 HOUSE = "You answer for the archive."
 TEMPLATE = (
@@ -102,6 +104,29 @@ def test_the_answer_is_that_of_the_whole_prompt(memory: MemoryModel, question: s
     text = str(memory.tokenizer.decode(new, skip_special_tokens=True)).strip()
     for _ in range(2):  # with the opening as it was left by an answer
         assert memory.answer(question, max_new_tokens=12).text == text
+
+
+def test_memory_and_reader_agree_as_on_whole_prompts(
+    tiny_backbone: Backbone,
+    memory_on: Callable[..., MLPMemForCausalLM],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = memory_on(tiny_backbone, query_size=32, encoder="pooled")
+    model.tokenizer = tokenizer
+    monkeypatch.setattr(model.base.config, "max_position_embeddings", 4096)
+    prompt = reading(tokenizer, FIRST, ["Ines Maro found wild honey."])
+    vector, elsewhere = model.encode_queries([FIRST, "What rained?"]).split(1)
+    openings = Openings(model.base)
+    texts = ("wild honey", "Ines Maro")
+    whole = agreed_answer(model, tokenizer, FIRST, vector, prompt, *texts)
+    # With the opening as it was left by an answer; and where the model finds what is asked itself.
+    for told in (vector, vector, None):
+        found = agreed_answer(model, tokenizer, FIRST, told, prompt, *texts, openings)
+        assert found.text == whole.text
+        assert found.trace.entropies == pytest.approx(whole.trace.entropies, abs=1e-3)
+    other = agreed_answer(model, tokenizer, FIRST, elsewhere, prompt, *texts, openings)
+    assert other.trace.entropies != pytest.approx(whole.trace.entropies, abs=1e-3)
 
 
 def test_an_answer_does_not_depend_on_what_was_asked_before(memory: MemoryModel) -> None:

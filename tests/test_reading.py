@@ -255,3 +255,17 @@ def test_the_examples_are_read_once(
     assert second < opening
     # Read to answer, and for either of two answers; the base model alone reads all at once.
     assert whole > 3 * opening
+
+
+def test_settings_of_the_base_models_own_do_not_change_what_it_reads(
+    roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = ["Ann hung it."]
+    model, tokenizer = roomy
+    prompt = reading(tokenizer, "Who hung it?", passages)
+    expected = read_batch(model, tokenizer, [prompt], max_new_tokens=6)
+    for name, value in (("use_cache", False), ("num_beams", 2), ("cache_implementation", "static")):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.base.generation_config, name, value)
+            openings = Openings(model.base)
+            assert read_batch(model, tokenizer, [prompt], openings, max_new_tokens=6) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mlpmem_rag import recall
+from mlpmem_rag.calibrate import split_questions
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.questions import Question
 from mlpmem_rag.recall import (
+    DRAFT_TOKENS,
     answer_drafts,
     longest_draft,
     question_keys,
@@ -125,10 +127,11 @@ def test_familiarity_is_the_cosine_to_what_is_recalled(keys: npt.NDArray[np.floa
     assert max(memory.familiarity(torch.from_numpy(keys))) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_beyond_the_limit_other_wordings_go_first() -> None:
-    def question(text: str, answer: str, source: str) -> Question:
-        return Question(text, answer, source, "doc")
+def question(text: str, answer: str, source: str = "Ines came.", document: str = "a") -> Question:
+    return Question(text, answer, source, document)
 
+
+def test_beyond_the_limit_other_wordings_go_first() -> None:
     questions = [
         question("Who came?", "Ines", "Ines came in 1887."),
         question("Who was it that came?", "ines.", "Ines came in 1887."),
@@ -145,19 +148,41 @@ def test_beyond_the_limit_other_wordings_go_first() -> None:
     assert kept(3) == [0, 2, 4], "a second one"
     assert kept(2) == [0, 4], "another answer of a sentence"
     assert kept(1) == [0], "another sentence"
+    assert kept(0) == []
 
 
-def test_beyond_the_limit_every_document_has_its_share() -> None:
+def test_beyond_the_limit_questions_are_spread_over_the_documents() -> None:
     questions = [
-        Question(f"What is {word} of {document}?", word, f"Sentence {sentence}.", document)
-        for document in "abc"
+        question(f"What is {word} of {document}?", word, f"Sentence {sentence}.", f"{document}")
+        for document in range(100)
         for sentence in range(3)
         for word in ("one", "two")
     ]
-    kept = varied(questions, 7)
-    assert [q.document for q in kept] == ["a", "a", "a", "b", "b", "c", "c"]
+    kept = varied(questions, 150)
     assert {q.answer for q in kept} == {"one"}
-    assert kept == sorted(kept, key=questions.index)
+    assert [q.document for q in kept] == sorted((q.document for q in kept), key=int)
+    counts = Counter(q.document for q in kept)
+    assert len(counts) == 100
+    assert set(counts.values()) == {1, 2}
+    few = varied(questions, 50)
+    assert np.diff([int(q.document) for q in few]).tolist() == [2] * 49
+
+
+def test_beyond_the_limit_some_answers_keep_two_wordings_to_hold_one_out() -> None:
+    questions = [
+        question(f"{word} came on day {day}?", f"day {day}")
+        for day in range(2000)
+        for word in ("Who", "Which of them", "What")
+    ]
+    kept = varied(questions, 1600)
+    answers = Counter(q.answer for q in kept)
+    assert len(kept) == 1600
+    assert sorted(answers.values()) == [1] * 1200 + [2] * 200
+    split = split_questions(kept, np.zeros(len(kept), bool), validated=True, seed=0)
+    learned = {kept[number].answer for number in split.train}
+    held_out = {kept[number].answer for number in split.known}
+    assert held_out
+    assert held_out <= learned
 
 
 def test_a_draft_is_how_the_answer_was_taught(study: StudyRows) -> None:
@@ -167,7 +192,7 @@ def test_a_draft_is_how_the_answer_was_taught(study: StudyRows) -> None:
         next_tokens=np.concatenate(list(answers.values())).astype(np.int32),
         questions=np.repeat(list(answers), [len(a) for a in answers.values()]).astype(np.int32),
     )
-    assert longest_draft(rows) == recall.DRAFT_TOKENS < 20
+    assert longest_draft(rows) == DRAFT_TOKENS < 20
     found = answer_drafts(rows, np.array([11, 2, 4, 0]), 4)
     assert found.tolist() == [[3, 3, 8, -1], [-1] * 4, [20, 21, 22, 23], [5, 9, -1, -1]]
     assert found.dtype == np.int32

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlpmem_rag import language_writer
+from mlpmem_rag import language_writer, writers
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError, CorpusError
@@ -99,6 +99,33 @@ def test_what_another_writer_has_written_comes_back(tmp_path: Path) -> None:
     stored = [HONEY, Question("Où?", "à Skagen", "Nowhere in these documents.", "quay")]
     save_questions(stored, tmp_path / "written.jsonl")
     assert write_questions([str(tmp_path / "written.jsonl")], DOCUMENTS, None) == stored
+
+
+def test_as_many_as_can_be_taught_with_all_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own(tmp_path, *({"question": f"Who is {n}?", "answer": "Ines"} for n in range(5)))
+    alone = write_questions(["rules"], DOCUMENTS, None)
+    monkeypatch.setattr(writers, "MAX_QUESTIONS", 7)
+    found = write_questions(["rules", path], DOCUMENTS, None)
+    assert len(alone) > 7
+    assert len(found) == 7
+    assert [q.text for q in found[2:]] == [f"Who is {n}?" for n in range(5)]
+    assert set(found[:2]) <= set(alone)
+    assert len(write_questions(["rules"], DOCUMENTS, None)) == 7
+
+
+def test_more_of_ones_own_than_can_be_taught_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own(tmp_path, *({"question": f"Who is {n}?", "answer": "Ines"} for n in range(5)))
+    monkeypatch.setattr(writers, "MAX_QUESTIONS", 4)
+    for refused in (
+        lambda: write_questions([path], DOCUMENTS, None),
+        lambda: train(tmp_path / "nowhere", out=tmp_path / "memory", questions=(path,)),
+    ):
+        with pytest.raises(ConfigError, match=r"own\.jsonl: 5 questions in files; .* 4 at most"):
+            refused()
 
 
 def test_several_files_give_no_question_twice(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def report_table(report: TrainReport) -> Table:
         table.add_row("  base + memory", f"{perplexity.memory:.2f}")
         table.add_row("  teacher's gain kept", "–" if kept is None else f"{kept:.0%}")
     if report.questions:
-        table.add_row("questions written", f"{report.questions:,} ({report.study_rows:,} rows)")
+        table.add_row("questions taught", f"{report.questions:,} ({report.study_rows:,} rows)")
     if report.study is not None:
         study_rows(table, report.study)
     table.add_row("λ, temperature", f"{report.memory_lambda:.3f}, {report.memory_temperature:g}")
