@@ -10,7 +10,7 @@ from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_eval.agreed import AgreedAnswerer
 from mlpmem_eval.answerers import Answerer, ChatAnswerer, PromptAnswerer, QueryEngineAnswerer
-from mlpmem_eval.cost import Setup
+from mlpmem_eval.cost import TUNING, Setup
 from mlpmem_eval.knn import LAMBDAS, open_teacher
 from mlpmem_eval.lora import LoraSettings, fine_tuned
 from mlpmem_eval.rag import FEW_SHOT, NATIVE, Indexed, native_engine
@@ -63,7 +63,7 @@ def _rag_tuned(bench: Workbench) -> Arm:
     bench.documents(name)
     setting, seconds = bench.tuned_rag
     indexed = bench.index(name, setting.words)
-    return Arm(bench.rag_answerer(name, setting), _index_setup(indexed, {"tuning": seconds}))
+    return Arm(bench.rag_answerer(name, setting), _index_setup(indexed, {TUNING: seconds}))
 
 
 def _memory(bench: Workbench) -> Arm:
@@ -83,7 +83,7 @@ def _memory_and_rag(bench: Workbench) -> Arm:
     )
     return Arm(
         AgreedAnswerer(name, bench.memory, retriever, bench.max_new_tokens, settings),
-        _together(bench.memory_setup, _index_setup(indexed, {"tuning": seconds})),
+        _together(bench.memory_setup, _index_setup(indexed, {TUNING: seconds})),
     )
 
 
@@ -98,7 +98,7 @@ def _memory_first(bench: Workbench) -> Arm:
     indexed = bench.index(name, setting.words)
     return Arm(
         QueryEngineAnswerer(name, engine, settings),
-        _together(bench.memory_setup, _index_setup(indexed, {"tuning": seconds + fitting})),
+        _together(bench.memory_setup, _index_setup(indexed, {TUNING: seconds + fitting})),
     )
 
 
@@ -117,7 +117,7 @@ def _knn(bench: Workbench) -> Arm:
         name, LAMBDAS, lambda w, question: answerer(w, {}).answer(question).text, settings
     )
     stages = bench.manifest.figures.get("seconds", {})
-    done = {"datastore": float(stages.get("datastore", 0.0)), "tuning": seconds}
+    done = {"datastore": float(stages.get("datastore", 0.0)), TUNING: seconds}
     stored = folder_bytes(bench.folder / WORK / "datastore")
     return Arm(answerer(weight, settings), Setup(done, grows={"datastore": stored}))
 
@@ -149,11 +149,17 @@ def _lora(bench: Workbench) -> Arm:
 
 
 def _taught(bench: Workbench) -> list[Question]:
-    """What the memory was taught; where training left nothing, what the same rules write."""
+    """What the memory was taught; where training left nothing, what the same rules write.
+
+    Then without the evaluation questions, which may have been written by these rules as well.
+    """
+    if bench.manifest.training.get("recipe") == "paper":
+        return []
     path = bench.folder / WORK / "questions" / "questions.jsonl"
     if path.is_file():
         return load_questions(path)
-    return write_questions(["rules"], bench.documents("lora").documents, None)
+    written = write_questions(["rules"], bench.documents("lora").documents, None)
+    return [question for question in written if question.text not in bench.asked]
 
 
 def _index_setup(indexed: Indexed, more: dict[str, float] | None = None) -> Setup:

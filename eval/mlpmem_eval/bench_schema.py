@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mlpmem_eval.wording import escaped_markdown
+
 BENCH_VERSION = 1
 BENCH = "bench.json"
 BENCH_TABLE = "bench.md"
@@ -62,7 +64,11 @@ def markdown(bench: Bench) -> str:
     if bench.not_run:
         parts.append("\n".join(["### Not run", "", *[f"- {reason}" for reason in bench.not_run]]))
     if bench.warnings:
-        parts.append("\n".join(["Note:", "", *[f"- {warning}" for warning in bench.warnings]]))
+        parts.append(
+            "\n".join(
+                ["Note:", "", *[f"- {escaped_markdown(warning)}" for warning in bench.warnings]]
+            )
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -22,9 +22,10 @@ from mlpmem_eval.tuning import QUESTIONS as TUNING_QUESTIONS
 from mlpmem_eval.workbench import Workbench, sentence_encoder
 from mlpmem_rag.artifact import WORK, Manifest, load_manifest
 from mlpmem_rag.corpus import Corpus, read_corpus
-from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ignore_progress
+from mlpmem_rag.provenance import documents_of
 from mlpmem_rag.questions import load_questions as load_taught
 
 DEFAULT_ARMS = ("base", "rag", "rag-tuned", "memory")
@@ -252,6 +253,11 @@ def warnings_of(
         )
     if corpus is not None and corpus.skipped:
         warnings.append(f"{len(corpus.skipped)} files or rows of the corpus could not be read")
+    if manifest.training.get("recipe") != "paper" and not _keeps_questions(config.memory):
+        warnings.append(
+            "which questions were taught to the memory cannot be told: its work/ folder is gone, "
+            "or of another training"
+        )
     taught = _taught(config.memory)
     known = sum(question.text in taught for question in asked.questions)
     if known:
@@ -294,18 +300,32 @@ def _tuning_questions(
 ) -> list[EvalQuestion]:
     if corpus is None:
         return []
-    return written_questions(
-        corpus.documents,
-        TUNING_QUESTIONS,
-        seed=seed + 1,
-        exclude={question.text for question in asked},
-        on_progress=on_progress,
-    )
+    try:
+        return written_questions(
+            corpus.documents,
+            TUNING_QUESTIONS,
+            seed=seed + 1,
+            exclude={question.text for question in asked},
+            on_progress=on_progress,
+        )
+    except CorpusError:  # whoever needs them says so
+        return []
 
 
 def _taught(memory: Path) -> set[str]:
-    path = memory / TAUGHT
-    return {question.text for question in load_taught(path)} if path.is_file() else set()
+    return (
+        {question.text for question in load_taught(memory / TAUGHT)}
+        if _keeps_questions(memory)
+        else set()
+    )
+
+
+def _keeps_questions(memory: Path) -> bool:
+    try:
+        documents_of(memory)
+    except ArtifactError:
+        return False
+    return (memory / TAUGHT).is_file()
 
 
 def _sha256(path: Path) -> str:

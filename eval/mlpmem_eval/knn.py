@@ -28,6 +28,7 @@ from mlpmem_rag.index import (
     rerank,
 )
 from mlpmem_rag.memory import Memory
+from mlpmem_rag.provenance import documents_of
 from mlpmem_rag.targets import neighbor_weights
 
 Floats = npt.NDArray[np.float32]
@@ -107,9 +108,10 @@ def open_teacher(folder: Path, manifest: Manifest, memory: Memory) -> NeighborMe
     """The teacher of a trained memory, from the rows that its training kept.
 
     Raises:
-        ArtifactError: `work/` was deleted.
+        ArtifactError: `work/` was deleted, or is of another training.
         ConfigError: the manifest has no temperature.
     """
+    documents_of(folder)
     store = folder / WORK / "datastore"
     try:
         datastore = Datastore.open(store)

@@ -97,7 +97,9 @@ def abstention(
     can = np.asarray(answerable, dtype=bool)
     correct = np.asarray(right, dtype=bool) & can
     curve = risk_coverage(sure, correct)
-    risks = np.cumsum(~correct[np.argsort(-sure, kind="stable")]) / np.arange(1, len(sure) + 1)
+    _, groups = np.unique(-sure, return_inverse=True)
+    expected = np.bincount(groups, ~correct) / np.bincount(groups)  # in whatever order ties come
+    risks = np.cumsum(expected[np.sort(groups)]) / np.arange(1, len(sure) + 1)
     return Abstention(
         n=len(sure),
         auroc_right=_auroc(correct[can], sure[can]),

@@ -84,7 +84,7 @@ class PairFigures(_Part):
     interval: Interval
     a_only: int | None
     b_only: int | None
-    test: Literal["mcnemar", "bootstrap"]
+    test: Literal["mcnemar", "permutation"]
     p: float
     p_adjusted: float
     significant: bool

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 4000
+FLIPS = 9999
+"""Patterns of signs to look at; all, where there are no more."""
 CONFIDENCE = 0.95
 ALPHA = 0.05
 MARGIN = 0.02
@@ -32,7 +34,7 @@ class Pair:
         interval: its 95 % interval (percentile bootstrap over questions).
         a_only: questions that only a has right; None for metrics that are not yes or no.
         b_only: questions that only b has right.
-        test: `mcnemar` (exact) or `bootstrap`.
+        test: `mcnemar` (exact) or `permutation` (of the signs of the differences).
         p: two-sided.
         p_adjusted: the same after Holm's correction over all pairs of this metric.
         beyond_margin: whether the whole interval is larger than what counts as no difference.
@@ -58,8 +60,14 @@ class Pair:
 
 
 def mean_interval(values: Floats, *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean; the value itself where there is only one."""
-    return _bootstrap(values, seed)[0]
+    """95 % percentile bootstrap interval of a mean; the value itself where there is only one.
+
+    Where all are 0, or all 1, resamples say nothing, and it is Wilson's (1927) for a share.
+    """
+    if set(np.unique(values).tolist()) in ({0.0}, {1.0}):
+        share = binomtest(int(values.sum()), len(values)).proportion_ci(CONFIDENCE, "wilson")
+        return float(share.low), float(share.high)
+    return _bootstrap(values, seed)
 
 
 def compare_pair(
@@ -76,14 +84,14 @@ def compare_pair(
 
     A difference up to `margin` times the smaller mean counts as none.
 
-    Where every value is 0 or 1, p is McNemar's exact one; else it is the bootstrap's: twice the
-    share of resampled differences on the other side of zero.
+    Where every value is 0 or 1, p is McNemar's exact one; else it is that of the permutation test
+    which McNemar's is a case of: how often signs by chance would make so large a difference.
     """
     difference = ours - theirs
-    interval, resampled = _bootstrap(difference, seed)
+    interval = _bootstrap(difference, seed)
     binary = set(np.unique(np.concatenate([ours, theirs])).tolist()) <= {0.0, 1.0}
     a_only, b_only = int((difference > 0).sum()), int((difference < 0).sum())
-    p = mcnemar(a_only, b_only) if binary else _bootstrap_p(resampled)
+    p = mcnemar(a_only, b_only) if binary else _sign_flips(difference, seed)
     return Pair(
         a,
         b,
@@ -93,7 +101,7 @@ def compare_pair(
         interval,
         a_only if binary else None,
         b_only if binary else None,
-        "mcnemar" if binary else "bootstrap",
+        "mcnemar" if binary else "permutation",
         p,
         p,
         _beyond(interval, margin * min(ours.mean(), theirs.mean())),
@@ -122,12 +130,12 @@ def _beyond(interval: tuple[float, float], margin: float) -> bool:
     return low > margin or high < -margin
 
 
-def _bootstrap(values: Floats, seed: int) -> tuple[tuple[float, float], Floats]:
-    """Interval of the mean, and the means of the resamples."""
+def _bootstrap(values: Floats, seed: int) -> tuple[float, float]:
+    """Interval of the mean."""
     if len(values) < 2:
         only = float(values[0])
-        return (only, only), np.array([only])
-    result = bootstrap(
+        return only, only
+    low, high = bootstrap(
         (values,),
         np.mean,
         n_resamples=RESAMPLES,
@@ -135,12 +143,21 @@ def _bootstrap(values: Floats, seed: int) -> tuple[tuple[float, float], Floats]:
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(low), float(high)
+
+
+def _sign_flips(differences: Floats, seed: int) -> float:
+    """Two-sided p of a mean difference; a question without one is no sign of anything."""
+    told = differences[differences != 0]
+    if len(told) < 2:  # either sign is as far from zero
+        return 1.0
+    found = permutation_test(
+        (told,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=FLIPS,
+        batch=max(1, 2_000_000 // len(told)),
+        rng=np.random.default_rng(seed),
     )
-    low, high = result.confidence_interval
-    return (float(low), float(high)), np.asarray(result.bootstrap_distribution)
-
-
-def _bootstrap_p(resampled: Floats) -> float:
-    side = min((resampled <= 0).mean(), (resampled >= 0).mean())
-    # A share of zero only says that it is less than one in so many resamples.
-    return float(min(1.0, 2 * max(side, 1 / (len(resampled) + 1))))
+    return float(found.pvalue)

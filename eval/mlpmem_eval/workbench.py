@@ -35,7 +35,7 @@ from mlpmem_eval.weighing import held_out_answers, weigh
 from mlpmem_rag.artifact import CARD, CONFIG, MANIFEST, WEIGHTS, Manifest
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.embedded import MINILM, embedded_model_path
-from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.errors import ConfigError, MissingDependencyError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.query import QueryEncoder, SentenceEncoder, load_encoder
@@ -201,7 +201,9 @@ class Workbench:
             return float(best["em"]), 0.0
         rag = self.rag_answerer("memory-first", setting)
         questions = [question for question, _ in held_out]
-        found = self._kept("memory-first", [rag.settings], questions, lambda: weigh(held_out, rag))
+        judged = [[answer.confidence, answer.right] for _, answer in held_out]
+        content = [rag.settings, self.memory_settings, judged]
+        found = self._kept("memory-first", content, questions, lambda: weigh(held_out, rag))
         return float(found["threshold"]), float(found["seconds"])
 
     def _written(self, name: str) -> list[EvalQuestion]:
@@ -316,8 +318,8 @@ def sentence_encoder(memory: MemoryModel) -> QueryEncoder:
             return own
         try:
             return load_encoder(first, memory.model.backbone) or own
-        except ConfigError:
-            return own  # where it began is a folder that has gone
+        except (ConfigError, MissingDependencyError):
+            return own  # where it began is a folder, or a package, that has gone
     from sentence_transformers import SentenceTransformer
 
     path = str(embedded_model_path(MINILM))

@@ -25,6 +25,14 @@ def test_one_value_is_its_own_interval() -> None:
     assert mean_interval(np.array([0.5])) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_all_right_and_all_wrong_are_less_than_certain(n: int) -> None:
+    # Wilson by hand: z**2 / (n + z**2) is the far end.
+    far = norm.ppf(0.975) ** 2 / (n + norm.ppf(0.975) ** 2)
+    assert mean_interval(np.zeros(n)) == pytest.approx((0.0, far))
+    assert mean_interval(np.ones(n)) == pytest.approx((1 - far, 1.0))
+
+
 @pytest.mark.parametrize(("a_only", "b_only"), [(0, 0), (5, 0), (9, 3), (4, 4), (1, 14)])
 def test_mcnemar_is_the_permutation_test_over_all_signs(a_only: int, b_only: int) -> None:
     # Under no difference every disagreement falls to either side like a coin.
@@ -47,11 +55,11 @@ def test_yes_and_no_are_compared_by_mcnemar() -> None:
     assert pair.p == pytest.approx(2 * (1 + 8) / 2**8)  # two sides of 0 or 1 heads in 8
 
 
-def test_other_values_are_compared_by_bootstrap() -> None:
+def test_other_values_are_compared_by_signs_by_chance() -> None:
     b = rng().normal(0.0, 1.0, 200)
     pair = compare_pair("a", "b", "f1", b + rng().normal(0.3, 0.5, 200), b)
     low, high = pair.interval
-    assert pair.test == "bootstrap"
+    assert pair.test == "permutation"
     assert pair.a_only is None
     assert 0 < low < pair.difference < high  # pairing takes the common part off
     assert pair.p < 0.001
@@ -64,6 +72,22 @@ def test_half_of_all_noise_is_on_either_side() -> None:
         ps.append(compare_pair("a", "b", "f1", noise[0], noise[1], seed=seed).p)
     assert 0.35 < np.mean(np.array(ps) < 0.5) < 0.65
     assert np.mean(np.array(ps) < 0.05) <= 0.15
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.5, 0.3], 2 / 4),
+        ([0.5, 0.3, -0.1], 4 / 8),  # as large a sum: only where both larger ones agree
+        ([0.25] * 6 + [0.0] * 94, 2 / 2**6),
+        ([0.25] * 9 + [-0.25] + [0.0] * 3, 2 * 11 / 2**10),
+    ],
+)
+def test_few_differences_are_compared_exactly(differences: list[float], expected: float) -> None:
+    a = np.array(differences) + 0.25
+    pair = compare_pair("a", "b", "f1", a, np.full(len(a), 0.25))
+    assert pair.test == "permutation"
+    assert pair.p == pytest.approx(expected)
 
 
 def test_no_difference_is_no_significance() -> None:
