@@ -27,7 +27,7 @@ from mlpmem_rag.memory import Memory, columns_of
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids
-from mlpmem_rag.questions import Question
+from mlpmem_rag.questions import Question, without_topic
 from mlpmem_rag.recall import question_keys
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
@@ -89,9 +89,9 @@ def split_questions(
 ) -> QuestionSplit:
     """Set apart the questions about held-out text and, to validate, a share of the others.
 
-    Of these, what is asked in the same words goes together, and something is only held out if
-    another wording of it is learned. Where too few are such, as with questions of one's own, any
-    are held out.
+    Of these, what is asked in the same words, with the title behind them or without, goes together,
+    and something is only held out if another wording of it is learned. Where too few are such, as
+    with questions of one's own, any are held out.
 
     Args:
         questions: all of them.
@@ -100,7 +100,8 @@ def split_questions(
         seed: decides which.
     """
     numbers: dict[str, int] = {}
-    texts = np.array([numbers.setdefault(q.text.casefold(), len(numbers)) for q in questions], int)
+    words = [without_topic(q.text) for q in questions]
+    texts = np.array([numbers.setdefault(text, len(numbers)) for text in words], int)
     luck = np.random.default_rng(seed).random(len(numbers))[texts]
     is_known = ~is_unknown & (luck < HELD_OUT_QUESTIONS)
     reworded = _held_out_wordings(questions, texts, luck, ~is_unknown)

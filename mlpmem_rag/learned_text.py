@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.passages import holds, without_notes
 from mlpmem_rag.preparation import Prepared
 from mlpmem_rag.questions import Question
 from mlpmem_rag.split import Split
@@ -33,7 +34,9 @@ class Cut:
         answer.
         """
         source, answer = _plain(question.source), _plain(question.answer)
-        return (source if source in self.text else answer) not in self.learned
+        if source in self.text:
+            return source not in self.learned
+        return not holds(self.learned, answer)
 
 
 def cut_documents(prepared: Prepared, datastore: Datastore, split: Split) -> dict[str, Cut]:
@@ -65,4 +68,4 @@ def about_held_out(questions: Sequence[Question], cuts: Mapping[str, Cut]) -> np
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(without_notes(text).split())

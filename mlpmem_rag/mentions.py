@@ -217,10 +217,12 @@ def _as_named(title: str, text: str) -> str:
     """A title as its text writes it inside sentences: `the asteroid belt`."""
     if not title:
         return ""
-    written = Counter(re.findall(rf"\b(?:the|an?) {re.escape(title)}\b", text, re.IGNORECASE))
-    best = next(iter(written.most_common(1)), (title, 0))[0]
-    article, _, noun = best.partition(" ")
-    return f"{article.lower()} {noun}" if written else title
+    here = rf"\b{re.escape(title)}\b(?! (?-i:[A-Z]))"  # of `the Warsaw Uprising` it is a part
+    written = Counter(re.findall(rf"\b(?:the|an?) {here}", text, re.IGNORECASE))
+    if 2 * written.total() <= len(re.findall(here, text, re.IGNORECASE)):
+        return title
+    article, _, noun = written.most_common(1)[0][0].partition(" ")
+    return f"{article.lower()} {noun}"
 
 
 def _acronym(title: str, text: str) -> str:

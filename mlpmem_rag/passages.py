@@ -25,6 +25,11 @@ def passages(text: str, words: int) -> Iterator[str]:
         yield " ".join(run)
 
 
+def without_notes(text: str) -> str:
+    """Without brackets that hold a list: `(Norman: Nourmands; Latin: Normanni)` is no sentence."""
+    return re.sub(r"\s*\([^()]*[:;][^()]*\)", "", text)
+
+
 def answering_sentence(text: str, question: str, answer: str) -> str | None:
     """The sentence with the answer that shares most words with the question; None without one."""
     told = sentences(text)

@@ -20,7 +20,7 @@ from mlpmem_rag.artifact import (
     save_artifact,
     verify_files,
 )
-from mlpmem_rag.calibrate import ASKED_OPENING, Calibration
+from mlpmem_rag.calibrate import Calibration
 from mlpmem_rag.circumstances import what_decides_bytes
 from mlpmem_rag.config import TrainConfig, optimisation, resolve_config, resolved
 from mlpmem_rag.corpus import Corpus
@@ -331,7 +331,9 @@ def _study(
     if not held_out.calibrates:  # too few to fit anything to: everything is learned at once
         everything = np.arange(datastore.num_rows), np.arange(len(questions))
         memory, distilled = stages.learn(datastore, targets, studied, *everything, schedule)
-        return _Trained(memory, distilled, Tuned(ASKED_OPENING), *counts, encoder=stages.adapted)
+        calibration = stages.unharming(memory, stages.uncalibrated(questions), after="distil")
+        tuned = Tuned(MEMORY_LAMBDA)
+        return _Trained(memory, distilled, tuned, *counts, calibration, stages.adapted)
     first, last = in_two_parts(schedule)
     learned = split.train, held_out.train
     memory, distilled = stages.learn(datastore, targets, studied, *learned, first)

@@ -24,6 +24,7 @@ from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import QUERY_BATCH, exact_rows
 from mlpmem_rag.recall import DRAFT_TOKENS, MAX_QUESTIONS
 from mlpmem_rag.schedule import long_enough
+from mlpmem_rag.split import MAX_HELD_OUT_ROWS, MAX_STUDY_HELD_OUT_ROWS
 from mlpmem_rag.targets import MAX_TOKENS
 from mlpmem_rag.torch_index import key_factor, products, query_factor
 from mlpmem_rag.windows import Window
@@ -162,7 +163,8 @@ def make_plan(
     k = min(k, rows - 1)
     base_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     computed = sum(len(window.token_ids) for window in windows)
-    exact = rows <= exact_rows(width, backbone.device)
+    searched = searched_rows(rows, held_out, studies=studies)
+    exact = searched <= exact_rows(width, backbone.device)
     stages = {
         "datastore": DATASTORE_BATCHES * BATCH_TOKENS * shape.intermediate_size * 4,
         "neighbors": search_memory(rows, width, k, exact=exact) + 8 * rows,
@@ -178,7 +180,7 @@ def make_plan(
     needed = (
         RUNTIME_BYTES + base_bytes + encoder_bytes + text_memory(windows) + max(stages.values())
     )
-    held = 4 * width * rows if exact and backbone.device.type == "cpu" else 0
+    held = 4 * width * searched if exact and backbone.device.type == "cpu" else 0
     in_memory = max_memory is None or needed + held <= max_memory
     return Plan(
         documents=len({window.document for window in windows}),
@@ -201,7 +203,7 @@ def make_plan(
         memory_bytes=needed + (held if in_memory else 0),
         keys_in_memory=in_memory,
         free_disk_bytes=shutil.disk_usage(_existing(out)).free,
-        seconds=_project(backbone, memory, rows, taught, computed, held_out, distill),
+        seconds=_project(backbone, memory, rows, searched, taught, computed, held_out, distill),
         max_memory=max_memory,
     )
 
@@ -243,6 +245,12 @@ def context_bytes(rows: int, query_size: int) -> int:
     return rows * (CONTEXT_BYTES + 4 * query_size // BLOCK)
 
 
+def searched_rows(rows: int, held_out: float, *, studies: bool) -> int:
+    """Rows that may be neighbours: those that are not held out."""
+    most = MAX_STUDY_HELD_OUT_ROWS if studies else MAX_HELD_OUT_ROWS
+    return rows - 2 * min(int(held_out * rows), most)
+
+
 def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
     """Bytes that the neighbour search takes beside keys that it may hold."""
     if not exact:
@@ -261,6 +269,7 @@ def _project(
     backbone: Backbone,
     memory: Memory,
     rows: int,
+    searched: int,
     taught: int,
     computed: int,
     held_out: float,
@@ -268,8 +277,8 @@ def _project(
 ) -> dict[str, float]:
     forward = _forward_seconds(backbone) / BATCH_TOKENS
     step = _step_seconds(memory, backbone.device, distill)
-    exact = rows <= exact_rows(backbone.hidden_size, backbone.device)
-    searched = rows if exact else num_cells(rows) + compared_rows(rows)
+    exact = searched <= exact_rows(backbone.hidden_size, backbone.device)
+    compared = searched if exact else num_cells(searched) + compared_rows(searched)
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if taught:
         questions = {
@@ -280,7 +289,7 @@ def _project(
         epochs_rows = long_enough(distill, rows_in_all, alike=False).epochs * rows_in_all
     return {
         "datastore": computed * forward,
-        "neighbors": rows * searched * _compare_seconds(backbone.hidden_size, backbone.device),
+        "neighbors": rows * compared * _compare_seconds(backbone.hidden_size, backbone.device),
         "targets": rows * TARGET_SECONDS,
         "base scores": 2 * held_out * computed * forward * 3,  # with the output head
         **(questions if taught else {}),

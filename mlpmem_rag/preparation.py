@@ -12,6 +12,7 @@ from mlpmem_rag.corpus import Corpus, read_corpus
 from mlpmem_rag.errors import CorpusError
 from mlpmem_rag.integrity import sha256
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
+from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.questions import BASE_MODEL, WRITERS
 from mlpmem_rag.stages import stage_key
 from mlpmem_rag.windows import Window, make_windows, tokenize
@@ -87,8 +88,12 @@ def datastore_key(prepared: Prepared, config: TrainConfig) -> str:
 
 
 def question_sources(prepared: Prepared, config: TrainConfig) -> list[str]:
-    """Writers by name and version, files by what is in them, the base model by its weights."""
-    sources = [__version__]
+    """What decides the questions.
+
+    Writers by name and version, with the titles that they use, files by what is in them, the base
+    model by its weights.
+    """
+    sources = [__version__, *(document.title or "" for document in prepared.corpus.documents)]
     for name in config.questions:
         path = Path(name)
         sources.append(sha256(path) if name not in WRITERS and path.is_file() else name)
@@ -100,7 +105,14 @@ def question_sources(prepared: Prepared, config: TrainConfig) -> list[str]:
 def run_key(prepared: Prepared, config: TrainConfig) -> str:
     """What decides the whole memory."""
     settings = (asdict(config), question_sources(prepared, config), encoder_key(config))
-    return stage_key(datastore_key(prepared, config), settings)
+    return stage_key(datastore_key(prepared, config), settings, asking_key(prepared))
+
+
+def asking_key(prepared: Prepared) -> str:
+    """What decides the form of prompts and answers, the chat template among it."""
+    tokenizer = prepared.backbone.tokenizer
+    asked = prompt_ids(tokenizer, [{"role": "user", "content": "Who?"}])
+    return stage_key(asked, answer_ids(tokenizer, "I"))
 
 
 def encoder_key(config: TrainConfig) -> str:

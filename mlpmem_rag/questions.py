@@ -7,6 +7,7 @@ the corpus answers does. A writer turns documents into such questions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ class Question:
     answer: str
     source: str
     document: str
+
+
+def without_topic(text: str) -> str:
+    """A question in small letters, without the title that a writer put in brackets at its end."""
+    return re.sub(r" \([^()]*\)\?$", "?", text.casefold())
 
 
 class QuestionWriter(Protocol):

@@ -22,6 +22,7 @@ from pathlib import Path
 _MAX_UNZIPPED_BYTES = 32 * 2**20
 _MAX_UNZIP_RATIO = 100
 _UNZIP_RATIO_FREE_BYTES = 10 * 2**20
+_MAX_ROW_TITLE = 80
 _CSV_DELIMITERS = ",;\t|"
 
 # The UTF-32 marks come first: the little-endian one begins with the UTF-16 mark.
@@ -290,9 +291,12 @@ def _row_record(row: Mapping[str, str], line: int) -> Record:
     by_name = {name.lower(): value for name, value in row.items()}
     if "text" in by_name:
         return _keyed_record(by_name, by_name["text"], line)
-    cells = [(name, value.strip()) for name, value in row.items()]
-    text = "\n".join(f"{name}: {value}" if name else value for name, value in cells if value)
-    return Record(text, line=line)
+    cells = [(name, value.strip()) for name, value in row.items() if value.strip()]
+    lines = [f"{name[0].upper()}{name[1:]}: {value}" if name else value for name, value in cells]
+    first = cells[0][1] if cells else ""
+    named = by_name.get("title") or by_name.get("name") or first
+    title = _as_text(named) if len(named) <= _MAX_ROW_TITLE else None
+    return Record("\n".join(lines), title=title, line=line)
 
 
 def _read_jsonl(text: str) -> tuple[list[Record], list[Problem]]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlpmem_rag.query import Vectors
-from mlpmem_rag.questions import Question
+from mlpmem_rag.questions import Question, without_topic
 from mlpmem_rag.scoring import normalize
 from mlpmem_rag.study import StudyRows
 
@@ -73,23 +73,25 @@ def answer_drafts(study: StudyRows, numbers: Rows, size: int) -> npt.NDArray[np.
 def varied(questions: Sequence[Question], most: int) -> list[Question]:
     """At most so many questions, in their order, spread over all documents.
 
-    Third and further wordings of an answer go first, then further answers of a sentence. Some
-    answers keep two wordings, of which calibration holds one out.
+    Further wordings of an answer go first, then further answers of a sentence. Some answers keep
+    two wordings, of which calibration holds one out.
     """
     if len(questions) <= most:
         return list(questions)
     answers: defaultdict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    wordings: Counter[tuple[str, str, int]] = Counter()
+    wordings: defaultdict[tuple[str, str, int], Counter[str]] = defaultdict(Counter)
     meant: list[tuple[str, str, int]] = []
-    ranks: list[tuple[int, int]] = []
+    ranks: list[tuple[int, int, int]] = []
     for question in questions:
         here, said = (question.document, question.source), normalize(question.answer)
         answer = answers[here].setdefault(said, len(answers[here]))
         meant.append((*here, answer))
-        ranks.append((wordings[meant[-1]], answer))
-        wordings[meant[-1]] += 1
-    first = [number for number, (wording, _) in enumerate(ranks) if not wording]
-    other = [number for number, (wording, _) in enumerate(ranks) if wording]
+        told, words = wordings[meant[-1]], without_topic(question.text)
+        # The same words with the title behind them say less than other words.
+        ranks.append((told[words], len(told) - (words in told), answer))
+        told[words] += 1
+    first = [number for number, (*wording, _) in enumerate(ranks) if not any(wording)]
+    other = [number for number, (*wording, _) in enumerate(ranks) if any(wording)]
     kept = _spread(first, ranks, most - min(len(other), int(most * REWORDED)))
     known = {meant[number] for number in kept}
     other = [number for number in other if meant[number] in known]
@@ -97,7 +99,7 @@ def varied(questions: Sequence[Question], most: int) -> list[Question]:
     return [questions[number] for number in sorted(kept)]
 
 
-def _spread(numbers: list[int], ranks: Sequence[tuple[int, int]], most: int) -> list[int]:
+def _spread(numbers: list[int], ranks: Sequence[tuple[int, int, int]], most: int) -> list[int]:
     """Those of the lowest ranks; of the rank where it ends, evenly spaced ones."""
     if len(numbers) <= most:
         return numbers

@@ -13,10 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_rag.candidates import NOT_IN_FRONT, candidates, list_members
-from mlpmem_rag.clauses import NOUNS, SUBJECTS, Clause, clauses, form_of_be, noun_phrase, pruned
+from mlpmem_rag.clauses import (
+    FINITE,
+    NOUNS,
+    SUBJECTS,
+    Clause,
+    clauses,
+    form_of_be,
+    noun_phrase,
+    pruned,
+)
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import MissingDependencyError
 from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
+from mlpmem_rag.passages import without_notes
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.questions import Question
 from mlpmem_rag.wording import (
@@ -40,12 +50,15 @@ MAX_PARAGRAPH = 20_000
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*\S)\s*#*")
 ATTRIBUTE = re.compile(r"The ((?:[\w-]+ ){1,4}of .{1,60}?) (is|are|was|were) ([^,;]{1,80}?)\.?")
 ABBREVIATION = re.compile(r" \(([A-Z][A-Za-z]?[A-Z]+)s?\)")
-KEY_VALUE = re.compile(r"\s*[-*]?\s*\**([A-Z][^:.]{1,50}?)\**\s*[:=]\s*\**\s*(\S.*?)\**\s*")
+KEY_VALUE = re.compile(
+    r"\s*[-*]?\s*\**([A-Z][^:.]{1,50}?)\**(?:\s*=|\s*:(?=\s|\*))\s*\**\s*(\S.*?)\**\s*"
+)
 
 PIECES = ("compound", "nummod", "nmod", "amod")
 CONTENT = ("NOUN", "PROPN", "VERB", "ADJ", "NUM")
 PLACELIKE = ("where", "when", "at what age", "on what date", "what year", "how long", "how often")
 NAMING_VERBS = ("call", "know", "name", "term", "dub", "nickname", "refer")
+NO_END = ("and", "or", "but", "nor", "the", "a", "an", "that", "which", "who", "whose", "than")
 DROPPED = ("in", "at", "on", "for", "during", "since", "from", "to", "near", "between")
 
 
@@ -111,7 +124,7 @@ def paragraphs(document: Document) -> Iterator[str]:
 
     def close() -> Iterator[str]:
         if open_lines:
-            yield from _cut(" ".join(open_lines))
+            yield from _cut(without_notes(" ".join(open_lines)))
             open_lines.clear()
 
     for line in document.text.splitlines():
@@ -123,7 +136,8 @@ def paragraphs(document: Document) -> Iterator[str]:
             yield from close()
             topic = document.title or heading
             about = f" of {topic}" if topic else ""
-            yield f"The {pair.group(1).lower()}{about} is {pair.group(2)}."
+            if pair.group(2) != topic:
+                yield f"The {pair.group(1).lower()}{about} is {pair.group(2)}."
         elif not line.strip():
             yield from close()
         else:
@@ -148,6 +162,8 @@ def sentence_questions(sentence: Span, mentions: Mentions) -> Iterator[tuple[str
 
     `mentions` knows the sentences before, and takes note of this one.
     """
+    if sentence.text.rstrip().endswith("?"):
+        return
     asked: set[str] = set()
     yield from _attribute(sentence)
     yield from _abbreviations(sentence)
@@ -163,7 +179,8 @@ def sentence_questions(sentence: Span, mentions: Mentions) -> Iterator[tuple[str
             words = question.split()
             # A number or a single word may well stand twice in a sentence and be asked for once.
             told = " " in text and text.lower() in question.lower()
-            if 3 <= len(words) <= MAX_QUESTION_WORDS and not told:
+            cut_off = words[-1].lower() in NO_END
+            if 3 <= len(words) <= MAX_QUESTION_WORDS and not told and not cut_off:
                 asked.add(question.lower())
                 yield question[:1].upper() + question[1:] + "?", text
     for question, name in _of_named(sentence, found, names, meant, mentions):
@@ -193,8 +210,22 @@ def _attribute(sentence: Span) -> Iterator[tuple[str, str]]:
     if match is None:
         return
     attribute, verb, value = match.groups()
+    if "," in attribute or _tells_an_event(sentence, verb):
+        return
     person = any(token.ent_type_ == "PERSON" for token in sentence if token.text in value)
     yield f"{'Who' if person else 'What'} {verb} the {attribute}?", tidy(value)
+
+
+def _tells_an_event(sentence: Span, verb: str) -> bool:
+    """Whether its first such verb begins a passive with more behind it, or is not the first one.
+
+    `The University of Warsaw was established in 1816.`
+    """
+    place = next((token.i for token in sentence if token.text == verb), sentence.start)
+    if any(token.tag_ in FINITE for token in sentence if token.i < place):
+        return True
+    behind = [token.tag_ for token in sentence if token.i > place]
+    return behind[:1] == ["VBN"] and behind[1:2] in (["IN"], ["TO"], ["RB"])
 
 
 def _questions(
@@ -462,6 +493,8 @@ def _question(
     tail = words_of([token for token in body if token.i >= end], names)
     if role == "subject":
         wh = "what" if asked.wh in PLACELIKE else asked.phrase
+        if middle and clause.plain == f"{clause.helper} {clause.base}":  # `what did not develop`
+            return tidy(" ".join((wh, clause.helper, middle, clause.base, tail, lead)))
         return tidy(" ".join((wh, middle, clause.plain, tail, lead)))
     if role == "inside":
         before = words_of([token for token in subject if token.i < asked.span.start], names)

@@ -24,6 +24,9 @@ MAX_STUDY_HELD_OUT_ROWS = 4_096
 """The same for a self-study, which fits a few numbers to them and must answer questions about the
 documents that they stand in."""
 
+MIN_TAIL = 256
+"""Of the end of a long document, where only so much is held out that not all of them can be."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -90,7 +93,7 @@ def split_rows(
         part = _whole_documents(documents, wanted, seed)
         by_document = by_document and {1, 2} <= set(part)
         if not by_document:
-            part = _tails(documents, wanted / num_rows)
+            part = _tails(documents, wanted, held_out, seed)
     train, validation, test = (np.flatnonzero(part == p) for p in range(3))
     return Split(train, validation, test, by_document)
 
@@ -112,12 +115,19 @@ def _whole_documents(
     return part[documents]
 
 
-def _tails(documents: npt.NDArray[np.int32], share: float) -> npt.NDArray[np.int8]:
+def _tails(
+    documents: npt.NDArray[np.int32], wanted: int, share: float, seed: int
+) -> npt.NDArray[np.int8]:
+    """Ends of all documents; of many long ones, ends that still hold something of as many."""
     part = np.zeros(len(documents), dtype=np.int8)
-    for document in np.unique(documents):
+    names = np.unique(documents)
+    least = wanted / len(documents)
+    taken = 0
+    for document in names[np.random.default_rng(seed).permutation(len(names))]:
         rows = np.flatnonzero(documents == document)
-        tail = int(share * len(rows))
-        if tail:
+        tail = max(int(least * len(rows)), min(MIN_TAIL, int(share * len(rows))))
+        if tail and taken < wanted:
             part[rows[-2 * tail : -tail]] = 1
             part[rows[-tail:]] = 2
+            taken += tail
     return part

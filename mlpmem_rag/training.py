@@ -23,6 +23,7 @@ from mlpmem_rag.calibrate import (
     Calibration,
     HeldOutRows,
     QuestionSplit,
+    StudyFigures,
     answer_coverage,
     calibrate,
     other_texts,
@@ -35,7 +36,7 @@ from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.datastore import Datastore, build_datastore
 from mlpmem_rag.distill import DistillConfig, DistillReport, Lesson, Rows, distill
-from mlpmem_rag.gate import Gate
+from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.heldout import (
     TEMPERATURES,
     Perplexities,
@@ -50,7 +51,13 @@ from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.mixing import best_lambda, mixture_nll
 from mlpmem_rag.model import attach_memory
 from mlpmem_rag.neighbors import Neighbors, find_neighbors
-from mlpmem_rag.preparation import Prepared, datastore_key, encoder_key, question_sources
+from mlpmem_rag.preparation import (
+    Prepared,
+    asking_key,
+    datastore_key,
+    encoder_key,
+    question_sources,
+)
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress
 from mlpmem_rag.query import QueryEncoder, SentenceEncoder, load_encoder
@@ -331,7 +338,7 @@ class Stages:
     def study(self, questions: list[Question], encoder: QueryEncoder | None) -> Studied:
         """The base model's states along the answers, and the vectors of questions and text."""
         prepared = self._prepared
-        key = self._after("encoder", self._keys["datastore"])
+        key = self._after("encoder", self._keys["datastore"], asking_key(prepared))
         with self._stage("study", key, shared=True) as (folder, done):
             if not done:
                 rows = study_rows(
@@ -455,9 +462,18 @@ class Stages:
         )
         return memory
 
-    def unharming(self, memory: Memory, calibration: Calibration) -> Calibration:
+    def uncalibrated(self, questions: list[Question]) -> Calibration:
+        """What there is where nothing could be held out: one weight for all tokens."""
+        weights = constant_weights(ASKED_OPENING)
+        coverage = answer_coverage(questions, self._prepared.corpus.documents)
+        figures = StudyFigures(len(questions), len({q.source for q in questions}), coverage)
+        return Calibration(Gate(asked=weights, plain=weights), None, figures)
+
+    def unharming(
+        self, memory: Memory, calibration: Calibration, *, after: str = "refit"
+    ) -> Calibration:
         """With a gate that does other text no harm, now that the memory has learned everything."""
-        with self._stage("gate", self._after("refit", calibration.gate.plain)) as (folder, done):
+        with self._stage("gate", self._after(after, calibration.gate.plain)) as (folder, done):
             path = folder / "gate.json"
             if not done:
                 other = score_other_text(

@@ -58,7 +58,7 @@ def test_folder_is_read_with_subfolders_in_the_order_of_names(tmp_path: Path) ->
             Document("b.md", "# Beta\n\nSecond.", "Beta", "b.md"),
             Document("rows.jsonl:1", "Third.", None, "rows.jsonl:1"),
             Document("x", "X\n\nFourth.", "X", "rows.jsonl:3"),
-            Document("table.csv:2", "lake: Zug\ndepth: 198 m", None, "table.csv:2"),
+            Document("table.csv:2", "Zug\n\nLake: Zug\nDepth: 198 m", "Zug", "table.csv:2"),
         ),
         skipped=(),
     )

@@ -903,7 +903,7 @@ def test_other_questions_in_the_same_file_are_studied(
     assert report.questions == studied.report.questions - 2
 
 
-def test_too_few_questions_are_learned_without_a_gate(
+def test_too_few_questions_leave_other_text_unharmed_all_the_same(
     tmp_path: Path, source: Path, study_config: TrainConfig, own_questions: Path
 ) -> None:
     own = tmp_path / "own.jsonl"
@@ -911,8 +911,11 @@ def test_too_few_questions_are_learned_without_a_gate(
     out = tmp_path / "memory"
     report = train(source, out=out, config=study_config, questions=(str(own),))
     settings = load_settings(out)
-    assert (settings.gate, settings.confidence, report.study) == (None, None, None)
-    assert report.memory_lambda == calibrate.ASKED_OPENING
+    assert settings.gate is not None
+    assert settings.gate.constant_opening == pytest.approx(calibrate.ASKED_OPENING)
+    assert (settings.confidence, report.memory_lambda) == (None, 1.0)
+    assert report.study is not None
+    assert (report.study.questions, report.study.taught) == (report.questions, None)
     memory = MemoryModel.load(out, device="cpu", dtype="float32")
     assert memory.answer("Who?", max_new_tokens=2).confidence is None
 
@@ -926,7 +929,8 @@ def test_a_self_study_without_an_encoder_or_held_out_documents(
     settings = load_settings(out)
     assert settings.encoder == options.get("encoder", "pooled")
     assert (report.perplexity is None) == ("held_out" in options)
-    assert (settings.gate is None) == ("held_out" in options)
+    assert settings.gate is not None
+    assert (settings.confidence is None) >= ("held_out" in options)
     memory = MemoryModel.load(out, device="cpu", dtype="float32")
     assert memory.answer("Who?", max_new_tokens=3).new_tokens <= 3
 

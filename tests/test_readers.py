@@ -277,9 +277,15 @@ def test_table_without_a_text_column_gives_named_values(
     records, problems = read_records(make_file(tmp_path, name, table))
     assert problems == []
     assert records == [
-        Record("lake: Zürich\ndepth: 136 m", line=2),
-        Record("lake: Zug\ndepth: 198 m\nnote: cold", line=3),
+        Record("Lake: Zürich\nDepth: 136 m", title="Zürich", line=2),
+        Record("Lake: Zug\nDepth: 198 m\nNote: cold", title="Zug", line=3),
     ]
+
+
+def test_a_row_is_called_by_its_name_if_it_is_short_enough(tmp_path: Path) -> None:
+    table = f"no,Name,price\n1,Lamp,30\n2,,40\n3,{'x' * 81},50\n"
+    records, _ = read_records(make_file(tmp_path, "a.csv", table))
+    assert [record.title for record in records] == ["Lamp", "2", None]
 
 
 def test_csv_cell_beyond_the_interpreters_limit(tmp_path: Path) -> None:

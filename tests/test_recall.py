@@ -151,6 +151,13 @@ def test_beyond_the_limit_other_wordings_go_first() -> None:
     assert kept(0) == []
 
 
+def test_the_same_words_with_the_title_go_before_other_words() -> None:
+    texts = ["Who came?", "Who came (Quay)?", "Who was it?", "Who was it (Quay)?"]
+    questions = [question(text, "Ines") for text in texts]
+    kept = [[q.text for q in varied(questions, most)] for most in (3, 2, 1)]
+    assert kept == [[texts[0], texts[1], texts[2]], [texts[0], texts[2]], [texts[0]]]
+
+
 def test_beyond_the_limit_questions_are_spread_over_the_documents() -> None:
     questions = [
         question(f"What is {word} of {document}?", word, f"Sentence {sentence}.", f"{document}")

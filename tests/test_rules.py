@@ -268,6 +268,13 @@ def test_paragraphs_end_at_headings_blank_lines_and_full_stops() -> None:
     ]
 
 
+def test_only_a_colon_before_white_space_names_a_value() -> None:
+    table = Document("row", "Name: Lamp\nPrice: 30\n**Height:** 2 m", "Lamp", "row")
+    assert list(paragraphs(table)) == ["The price of Lamp is 30.", "The height of Lamp is 2 m."]
+    for line in ("Meeting at 10:30 in Oslo", "See https://example.org/lamp"):
+        assert list(paragraphs(document(line))) == [line]
+
+
 def test_a_paragraph_without_end_is_cut_at_white_space() -> None:
     line = "the museum contains many rooms and " * 3000
     found = list(paragraphs(document(line + "\n" + "x" * 50_000)))
@@ -275,6 +282,46 @@ def test_a_paragraph_without_end_is_cut_at_white_space() -> None:
     assert " ".join(found[:6]).startswith(line[:90_000].strip())
     assert sum(part.count("museum") for part in found) == 3000
     assert "".join(found).count("x") == 50_000
+
+
+def test_brackets_that_hold_a_list_are_left_out(writer: RuleWriter) -> None:
+    note = "The Normans (Norman: Nourmands; Latin: Normanni) were the people of Normandy (France)."
+    found = pairs(writer, note, "Normans")
+    assert ("Who were the people of Normandy?", "Normans") in found
+    assert not [pair for pair in found if "Nourmands" in str(pair) or "Normanni" in str(pair)]
+
+
+def test_negations_stand_behind_the_helping_verb(writer: RuleWriter) -> None:
+    found = pairs(writer, "Lace did not develop before the 15th century.", "Lace")
+    assert {
+        ("What did not develop before the 15th century?", "Lace"),
+        ("Who did not develop before the 15th century?", "Lace"),
+    } & found
+    assert not [text for text, _ in found if "not did" in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Warsaw Uprising began in 1944. Warsaw lies on the Vistula. It is old.", "Warsaw"),
+        ("We saw the Warsaw there. The Warsaw is a ship. It is old.", "the Warsaw"),
+    ],
+)
+def test_a_title_has_its_article_where_most_of_the_text_gives_it_one(
+    writer: RuleWriter, text: str, expected: str
+) -> None:
+    assert (f"What is {expected}?", "old") in pairs(writer, text, "Warsaw")
+
+
+def test_what_happened_to_a_thing_is_not_what_it_is(writer: RuleWriter) -> None:
+    found = pairs(writer, "The Royal University of Warsaw was established in 1816.")
+    assert ("When was the Royal University of Warsaw established?", "1816") in found
+    assert "What was the Royal University of Warsaw?" not in {text for text, _ in found}
+    assert ("What is the state of Lamp?", "closed") in pairs(writer, "State: closed", "Lamp")
+
+
+def test_a_question_in_the_text_is_no_statement(writer: RuleWriter) -> None:
+    assert pairs(writer, "How does the keeper reset the lamp of the tower?") == set()
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "Yes.", "...", "1 2 3", "# Only a heading"])

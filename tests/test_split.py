@@ -89,3 +89,16 @@ def test_where_all_documents_are_too_large_the_tails_are_held_out() -> None:
     split = split_rows(rows_of([101] * 10), held_out=0.049, seed=0)
     assert split.held_out_by == "passage"
     assert len(split.validation) == len(split.test) == 40
+
+
+def test_of_many_long_documents_some_ends_are_held_out() -> None:
+    documents = np.repeat(np.arange(40, dtype=np.int32), 4000)
+    split = split_rows(documents, held_out=0.05, seed=0, most=1000)
+    assert not split.by_document
+    counts = np.bincount(documents[split.test], minlength=40)
+    assert sorted(counts) == [0] * 35 + [200] * 5
+    assert np.array_equal(counts, np.bincount(documents[split.validation], minlength=40))
+    for document in np.flatnonzero(counts):
+        rows = np.flatnonzero(documents == document)
+        assert np.array_equal(split.test[np.isin(split.test, rows)], rows[-200:])
+        assert np.array_equal(split.validation[np.isin(split.validation, rows)], rows[-400:-200])
