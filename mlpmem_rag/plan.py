@@ -193,7 +193,7 @@ def make_plan(
             rows * (2 * width + 12)  # keys and provenance
             + rows * 8 * k  # neighbours
             + rows * 6 * min(MAX_TOKENS, k)  # targets
-            + (0 if exact else rows * 2 * width)  # keys in the cells' order
+            + (0 if exact else searched * 2 * width)  # keys in the cells' order
             + taught * QUESTION_ROWS * (2 * width + 8)
             + (vector_bytes(rows, taught, query_size) + context_bytes(rows, query_size)) * studies
             + 2 * 2 * encoder_parameters  # in half precision, with the memory as well

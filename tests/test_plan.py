@@ -49,7 +49,12 @@ def make(tiny_backbone: Backbone, token_ids: list[list[int]]) -> Make:
     windows = make_windows(_arrays(token_ids), length=LENGTH, stride=STRIDE)
 
     def plan(
-        *, k: int = 8, held_out: float = 0.1, size: str = "base", max_memory: int | None = None
+        *,
+        k: int = 8,
+        held_out: float = 0.1,
+        size: str = "base",
+        max_memory: int | None = None,
+        studies: bool = False,
     ) -> Plan:
         distill = DistillConfig(epochs=2, batch_rows=32)
         return make_plan(
@@ -60,6 +65,8 @@ def make(tiny_backbone: Backbone, token_ids: list[list[int]]) -> Make:
             k=k,
             held_out=held_out,
             distill=distill,
+            query_size=6 if studies else 0,
+            studies=studies,
             max_memory=max_memory,
         )
 
@@ -74,6 +81,26 @@ def plan(make: Make) -> Plan:
 
 def _arrays(token_ids: list[list[int]]) -> list[TokenArray]:
     return [np.array(ids, dtype=np.int32) for ids in token_ids]
+
+
+def searched(plan: Plan) -> int:
+    """Rows that are not in either of the two parts held out, a tenth each."""
+    return plan.rows - 2 * (plan.rows // 10)
+
+
+def test_no_more_questions_than_are_taught_are_planned_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = make(studies=True)
+    monkeypatch.setattr("mlpmem_rag.plan.MAX_QUESTIONS", 100)
+    some = make(studies=True)
+    left_out = round(1.1 * some.rows) - 100
+    # Five rows of a question with their keys, its prompt's share of the memory, and its vectors.
+    sentences = some.rows // 25
+    vectors = 4 * 6 * (left_out + sentences - min(100, sentences))
+    assert everything.disk_bytes - some.disk_bytes == vectors + left_out * (
+        5 * (2 * 32 + 8) + 22 * 6 + 6 * 64
+    )
 
 
 def test_counts_are_those_of_a_walk_over_the_documents(
@@ -118,7 +145,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(plan: Plan) -> Non
 
 
 def test_keys_are_held_where_the_memory_allows_it(plan: Plan, make: Make) -> None:
-    held = 4 * 32 * plan.rows  # float32, width 32
+    held = 4 * 32 * searched(plan)  # float32, width 32
     assert make(max_memory=plan.memory_bytes).keys_in_memory
     tight = make(max_memory=plan.memory_bytes - 1)
     assert not tight.keys_in_memory
@@ -136,9 +163,11 @@ def test_a_memory_that_is_too_small_is_refused_with_the_numbers(plan: Plan) -> N
 def test_a_search_by_cells_is_planned_with_its_copy_of_the_keys(
     plan: Plan, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlpmem_rag.plan.exact_rows", lambda *_: plan.rows - 1)
+    monkeypatch.setattr("mlpmem_rag.plan.exact_rows", lambda *_: searched(plan))
+    assert make().disk_bytes == plan.disk_bytes, "all are compared"
+    monkeypatch.setattr("mlpmem_rag.plan.exact_rows", lambda *_: searched(plan) - 1)
     by_cells = make()
-    assert by_cells.disk_bytes == plan.disk_bytes + plan.rows * 2 * 32
+    assert by_cells.disk_bytes == plan.disk_bytes + searched(plan) * 2 * 32
     assert make(max_memory=by_cells.memory_bytes).keys_in_memory, "there are none to be held"
 
 
