@@ -91,8 +91,9 @@ def _blas_kernels() -> Iterator[None]:
     Version 0.3.15, of FAISS's packages, takes an Ice Lake server for a Pentium 4 otherwise
     (OpenBLAS issue 3453), and searches at a fifth of the speed. It asks only while it is loaded.
     """
-    kernels = blas_kernels(torch.cpu.get_capabilities())
-    if kernels is None or CORE_TYPE in os.environ or "faiss" in sys.modules:
+    is_open = "faiss" not in sys.modules and CORE_TYPE not in os.environ
+    kernels = blas_kernels(torch.cpu.get_capabilities()) if is_open else None
+    if kernels is None:
         yield
         return
     os.environ[CORE_TYPE] = kernels

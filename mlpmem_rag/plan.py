@@ -170,10 +170,9 @@ def make_plan(
         "neighbors": search_memory(rows, width, k, exact=exact) + 8 * rows,
         "targets": DISTANCE_BYTES * rows,
         "scores": max(w.num_rows for w in windows) * backbone.reference.vocab_size * SCORED_BYTES,
+        "questions": QUESTION_BYTES * written,
         **learning_memory(rows, taught, query_size, parameters),
     }
-    if studies:
-        stages["questions"] = QUESTION_BYTES * written
     if encoder_parameters:
         stages["encoder"] = ADAPTED_STATES * encoder_parameters * 4
     encoder_bytes = 4 * encoder_parameters
@@ -195,7 +194,8 @@ def make_plan(
             + rows * 6 * min(MAX_TOKENS, k)  # targets
             + (0 if exact else searched * 2 * width)  # keys in the cells' order
             + taught * QUESTION_ROWS * (2 * width + 8)
-            + (vector_bytes(rows, taught, query_size) + context_bytes(rows, query_size)) * studies
+            + vector_bytes(rows, taught, query_size)
+            + (context_bytes(rows, query_size) if studies else 0)
             + 2 * 2 * encoder_parameters  # in half precision, with the memory as well
             + (22 * query_size + 6 * DRAFT_BYTES) * taught  # with a memory
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
@@ -227,8 +227,7 @@ def learning_memory(rows: int, questions: int, query_size: int, parameters: int)
     return {
         "study": taught + PROMPT_BYTES * questions + vectors,
         "distil": taught
-        + keys
-        + keys
+        + 2 * keys  # and those that the memory holds
         + DRAFT_BYTES * questions
         + 4 * parameters * 6
         + ORDER_BYTES * (rows + study_rows),

@@ -19,8 +19,6 @@ from mlpmem_rag.questions import Question, without_topic
 from mlpmem_rag.scoring import normalize
 from mlpmem_rag.study import StudyRows
 
-Numbers = npt.NDArray[np.int64]
-
 Rows = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 MAX_QUESTIONS = 65_536

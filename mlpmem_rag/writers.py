@@ -55,8 +55,8 @@ def write_questions(
             "questions of your own with --questions FILE.jsonl, or train with --recipe paper"
         )
     others = [question for name, question in written.items() if name not in own]
-    kept = own | {(q.text, q.answer) for q in varied(others, MAX_QUESTIONS - len(own))}
-    return [question for name, question in written.items() if name in kept]
+    kept = set(varied(others, MAX_QUESTIONS - len(own)))
+    return [q for name, q in written.items() if name in own or q in kept]
 
 
 def writer_of(source: str, backbone: Backbone | None) -> QuestionWriter:

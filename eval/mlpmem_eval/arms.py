@@ -14,11 +14,12 @@ from mlpmem_eval.cost import TUNING, Setup
 from mlpmem_eval.knn import LAMBDAS, open_teacher
 from mlpmem_eval.lora import LoraSettings, fine_tuned
 from mlpmem_eval.rag import FEW_SHOT, NATIVE, Indexed, native_engine
+from mlpmem_eval.taught import taught_questions
 from mlpmem_eval.twin import sharing_base, with_own_base
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.artifact import WORK
 from mlpmem_rag.errors import ConfigError
-from mlpmem_rag.questions import Question, load_questions
+from mlpmem_rag.questions import Question
 from mlpmem_rag.reading import reading_prompt
 from mlpmem_rag.storage import folder_bytes
 from mlpmem_rag.writers import write_questions
@@ -155,9 +156,9 @@ def _taught(bench: Workbench) -> list[Question]:
     """
     if bench.manifest.training.get("recipe") == "paper":
         return []
-    path = bench.folder / WORK / "questions" / "questions.jsonl"
-    if path.is_file():
-        return load_questions(path)
+    taught = taught_questions(bench.folder)
+    if taught is not None:
+        return taught
     written = write_questions(["rules"], bench.documents("lora").documents, None)
     return [question for question in written if question.text not in bench.asked]
 

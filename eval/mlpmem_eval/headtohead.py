@@ -18,18 +18,16 @@ from mlpmem_eval.questions import EvalQuestion, QuestionSet, load_questions, wri
 from mlpmem_eval.render import write_report
 from mlpmem_eval.report import build_report
 from mlpmem_eval.schema import Report
+from mlpmem_eval.taught import taught_questions
 from mlpmem_eval.tuning import QUESTIONS as TUNING_QUESTIONS
 from mlpmem_eval.workbench import Workbench, sentence_encoder
-from mlpmem_rag.artifact import WORK, Manifest, load_manifest
+from mlpmem_rag.artifact import Manifest, load_manifest
 from mlpmem_rag.corpus import Corpus, read_corpus
-from mlpmem_rag.errors import ArtifactError, ConfigError, CorpusError
+from mlpmem_rag.errors import ConfigError, CorpusError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.progress import OnProgress, ignore_progress
-from mlpmem_rag.provenance import documents_of
-from mlpmem_rag.questions import load_questions as load_taught
 
 DEFAULT_ARMS = ("base", "rag", "rag-tuned", "memory")
-TAUGHT = Path(WORK) / "questions" / "questions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -253,13 +251,14 @@ def warnings_of(
         )
     if corpus is not None and corpus.skipped:
         warnings.append(f"{len(corpus.skipped)} files or rows of the corpus could not be read")
-    if manifest.training.get("recipe") != "paper" and not _keeps_questions(config.memory):
+    taught = taught_questions(config.memory)
+    if taught is None and manifest.training.get("recipe") != "paper":
         warnings.append(
             "which questions were taught to the memory cannot be told: its work/ folder is gone, "
             "or of another training"
         )
-    taught = _taught(config.memory)
-    known = sum(question.text in taught for question in asked.questions)
+    texts = {question.text for question in taught or ()}
+    known = sum(question.text in texts for question in asked.questions)
     if known:
         warnings.append(
             f"{known} of {len(asked.questions)} questions were taught to the memory word for "
@@ -310,22 +309,6 @@ def _tuning_questions(
         )
     except CorpusError:  # whoever needs them says so
         return []
-
-
-def _taught(memory: Path) -> set[str]:
-    return (
-        {question.text for question in load_taught(memory / TAUGHT)}
-        if _keeps_questions(memory)
-        else set()
-    )
-
-
-def _keeps_questions(memory: Path) -> bool:
-    try:
-        documents_of(memory)
-    except ArtifactError:
-        return False
-    return (memory / TAUGHT).is_file()
 
 
 def _sha256(path: Path) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 from llama_index.indices.managed.mlpmem.hybrid import best_threshold
 from mlpmem_eval.answerers import Answerer
 from mlpmem_eval.questions import EvalQuestion
+from mlpmem_eval.taught import taught_questions
 from mlpmem_rag.artifact import WORK
 from mlpmem_rag.calibrate import Calibration, HeldOutAnswer
-from mlpmem_rag.errors import ArtifactError
-from mlpmem_rag.provenance import documents_of
-from mlpmem_rag.questions import Question, load_questions
+from mlpmem_rag.questions import Question
 from mlpmem_rag.scoring import exact_match
 
 
@@ -25,19 +24,11 @@ def held_out_answers(folder: Path) -> list[tuple[EvalQuestion, HeldOutAnswer]]:
 
     Nothing where `work/` is gone or of another training.
     """
-    work = folder / WORK
-    kept, written = (
-        work / "calibration" / "calibration.json",
-        work / "questions" / "questions.jsonl",
-    )
-    if not (kept.is_file() and written.is_file()):
-        return []
-    try:
-        documents_of(folder)
-    except ArtifactError:  # another training's answers are none of this memory's
+    kept = folder / WORK / "calibration" / "calibration.json"
+    questions = taught_questions(folder)
+    if questions is None or not kept.is_file():
         return []
     answers = Calibration.from_dict(json.loads(kept.read_text(encoding="utf-8"))).answers
-    questions = load_questions(written)
     return [(_asked(answer.question, questions[answer.question]), answer) for answer in answers]
 
 
