@@ -73,15 +73,23 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         return query
 
     def mixed(
-        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+        self,
+        logits: Tensor,
+        states: Mapping[int, Tensor],
+        query: Tensor | None,
+        lambda_: float,
+        *,
+        asked: bool,
     ) -> Tensor:
         """Log-probabilities of base model and memories together.
 
         Args:
             logits: the base model's. *Shape:* (B, T, W).
             states: of each tapped layer. *Shape:* (B, T, D).
-            query: what is asked, recalled; a row of zeros where nothing is. *Shape:* (B, R).
+            query: what is asked, recalled, or the text before; a row of zeros where nothing is.
+                *Shape:* (B, R).
             lambda_: mixing weight, above 0.
+            asked: whether `query` is of questions.
         """
         raise NotImplementedError
 
@@ -138,8 +146,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             query_vector: what is asked, as the memory's encoder sees it; a row of zeros where
                 nothing is. *Shape:* (B, Q).
             query_text: what is asked, in words; one text for all rows or one for each.
-            recall: False: what is given is no question but the text before, and is not taken for
-                a question that was learned.
+            recall: False: what is given is no question but the text before: it is not taken for
+                a question that was learned, and the memory has no more say than where nothing is
+                asked.
             **kwargs: everything else the base model takes, and what the loss takes.
 
         Raises:
@@ -148,13 +157,13 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         lambda_ = self.memory_lambda if memory_lambda is None else check_lambda(memory_lambda)
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         query_vector = self._given_query(query_vector, query_text, len(given))
-        query = None
+        query, asked = None, recall
         if query_vector is None and self.query_size and lambda_ > 0:
-            query = cached_query(past_key_values)
+            query, asked = cached_query(past_key_values)
             if query is None:
                 query_vector = self._asked_in(input_ids, past_key_values)
         if query_vector is not None and self.query_size:
-            query = self.told(self._checked(query_vector, len(given)), recall=recall)
+            query, asked = self.told(self._checked(query_vector, len(given)), recall=recall), recall
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
         taps = self._taps if self.mixes(lambda_) else {}
         if taps or self.base.dtype == torch.bfloat16:  # there, the base's own bits stay the same
@@ -177,9 +186,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             states = {
                 layer: _kept(tap.take(), len(logits), logits_to_keep) for layer, tap in taps.items()
             }
-            logits = self._mixed_in_pieces(logits, states, query, lambda_)
+            logits = self._mixed_in_pieces(logits, states, query, lambda_, asked=asked)
         if query is not None:
-            keep_query(output.past_key_values, query)
+            keep_query(output.past_key_values, query, asked=asked)
         loss = None
         if labels is not None:
             vocabulary = logits.shape[-1]
@@ -193,7 +202,13 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         )
 
     def _mixed_in_pieces(
-        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+        self,
+        logits: Tensor,
+        states: Mapping[int, Tensor],
+        query: Tensor | None,
+        lambda_: float,
+        *,
+        asked: bool,
     ) -> Tensor:
         """`mixed`, some positions at a time where no gradient is asked for.
 
@@ -203,12 +218,12 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         step = max(1, PIECE // batch)
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if whole or length <= step:
-            return self.mixed(logits, states, query, lambda_)
+            return self.mixed(logits, states, query, lambda_, asked=asked)
         out: Tensor | None = None
         for start in range(0, length, step):
             part = slice(start, start + step)
             inside = {layer: state[:, part] for layer, state in states.items()}
-            piece = self.mixed(logits[:, part], inside, query, lambda_)
+            piece = self.mixed(logits[:, part], inside, query, lambda_, asked=asked)
             if out is None:
                 out = piece.new_empty(logits.shape)
             out[:, part] = piece

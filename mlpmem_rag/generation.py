@@ -263,7 +263,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     view, draft = None, []
     if query is not None and query.shape[1] == model.query_size:
         view = model.told(query, recall=first.question)
-    weight = _constant_weight(model, decoding, lambda_, view)
+    weight = _constant_weight(model, decoding, lambda_, view, asked=first.question)
     if weight is not None and weight > 0.5 and _divides(parts):
         reading = Reading(parts.halves, prompts.cache, prompts.mask)
         if view is not None and first.question and len(begun) == 1:
@@ -299,17 +299,22 @@ def _recorder(generations: Sequence[Generation], query: Tensor | None) -> Record
 
 
 def _constant_weight(
-    model: MLPMemForCausalLM, decoding: Decoding, lambda_: float, view: Tensor | None
+    model: MLPMemForCausalLM,
+    decoding: Decoding,
+    lambda_: float,
+    view: Tensor | None,
+    *,
+    asked: bool,
 ) -> float | None:
     """The memory's weight where it is the same for every token that is taken; else None.
 
-    `view` is what the memory reads of each request. *Shape:* (B, Q).
+    `view` is what the memory reads of each request, or of the text before. *Shape:* (B, Q).
     """
     if not decoding.greedy or model._compiled_call_impl is not None:
         return None
     if model.query_size and (view is None or not bool(view.any(-1).all())):
         return None  # `generate` looks for the question in the ids, or refuses the vectors
-    return model.constant_weight(lambda_, asked=view is not None)
+    return model.constant_weight(lambda_, asked=asked and view is not None)
 
 
 def _divides(parts: Parts) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mlpmem_rag.asked import question_marks
 from mlpmem_rag.backbone import Backbone, context_window
 from mlpmem_rag.confidence import Confidence
 from mlpmem_rag.decoding import Decoding
@@ -239,19 +240,23 @@ class MemoryModel:
         Args:
             text: what the model reads.
             decoding: how.
-            asked: what the memory is asked, as a text; None: the whole text.
+            asked: the question that the text asks, which the memory answers as in `reply`; None:
+                the last user message, where the text is a prompt of this base model's form, else
+                nothing is asked, and the memory is told the text.
             strip: leave out white space at both ends of what is generated.
 
         Raises:
             ConfigError: the text is empty, or no room is left for it.
         """
         check_asked([{"role": "user", "content": text}])
+        if asked is None and (marks := question_marks(self.tokenizer)):
+            asked = marks.question(text)
         return self._start(
             lambda: Prompt(text_ids(self.tokenizer, text)),
             text if asked is None else asked,
             decoding,
             strip=strip,
-            question=False,
+            question=asked is not None,
         )
 
     def _start(

@@ -168,7 +168,13 @@ class MLPMemForCausalLM(AugmentedLM):
         return self.memory.familiarity(told, self.recalled(told) if self.query_size else None)
 
     def mixed(
-        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+        self,
+        logits: Tensor,
+        states: Mapping[int, Tensor],
+        query: Tensor | None,
+        lambda_: float,
+        *,
+        asked: bool,
     ) -> Tensor:
         """See `AugmentedLM.mixed`."""
         memory_log_probs = self.memory.log_probs(
@@ -180,11 +186,11 @@ class MLPMemForCausalLM(AugmentedLM):
             listener = self._listeners.get(threading.get_ident())
             if listener is not None:
                 listener(memory_log_probs)
-        asked: bool | Tensor = False
-        if query is not None:
-            asked = query.ne(0).any(-1, keepdim=True)  # (B, 1)
+        known: bool | Tensor = False
+        if query is not None and asked:
+            known = query.ne(0).any(-1, keepdim=True)  # (B, 1)
         return mix(
-            logits, memory_log_probs, self.memory.corpus_tokens, lambda_, self.gate, asked=asked
+            logits, memory_log_probs, self.memory.corpus_tokens, lambda_, self.gate, asked=known
         )
 
     @contextmanager

@@ -12,11 +12,17 @@ from transformers.cache_utils import DummyLayer
 
 
 class QueryLayer(DummyLayer):
-    """A cache layer without keys and values that holds one vector a row. *Shape:* (B, Q)."""
+    """A cache layer without keys and values that holds one vector a row.
 
-    def __init__(self, vectors: Tensor) -> None:
+    Attributes:
+        vectors: what is asked, or the text before. *Shape:* (B, Q).
+        asked: whether it is a question.
+    """
+
+    def __init__(self, vectors: Tensor, *, asked: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.vectors: Tensor | None = vectors
+        self.asked = asked
 
     def reset(self) -> None:
         """Forget the request."""
@@ -37,21 +43,24 @@ class QueryLayer(DummyLayer):
             self.vectors = self.vectors.repeat_interleave(repeats, dim=0)
 
 
-def cached_query(cache: Cache | None) -> Tensor | None:
-    """The vectors that an earlier forward pass left in the cache. *Shape:* (B, Q)."""
+def cached_query(cache: Cache | None) -> tuple[Tensor | None, bool]:
+    """The vectors that an earlier forward pass left in the cache, and whether they are questions.
+
+    *Shape:* (B, Q).
+    """
     layer = _query_layer(cache)
-    return None if layer is None else layer.vectors
+    return (None, True) if layer is None else (layer.vectors, layer.asked)
 
 
-def keep_query(cache: Cache | None, vectors: Tensor) -> None:
+def keep_query(cache: Cache | None, vectors: Tensor, *, asked: bool) -> None:
     """Leave the vectors in a cache that the base model has filled. *Shape:* (B, Q)."""
     if cache is None:
         return
     layer = _query_layer(cache)
     if layer is None:
-        cache.layers.append(QueryLayer(vectors))
+        cache.layers.append(QueryLayer(vectors, asked=asked))
     else:
-        layer.vectors = vectors
+        layer.vectors, layer.asked = vectors, asked
 
 
 def _query_layer(cache: Cache | None) -> QueryLayer | None:

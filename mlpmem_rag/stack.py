@@ -176,12 +176,18 @@ class MemoryStack(AugmentedLM):
         return lambda_ > 0 and any(self.config.members.values())
 
     def mixed(
-        self, logits: Tensor, states: Mapping[int, Tensor], query: Tensor | None, lambda_: float
+        self,
+        logits: Tensor,
+        states: Mapping[int, Tensor],
+        query: Tensor | None,
+        lambda_: float,
+        *,
+        asked: bool,
     ) -> Tensor:
         """See `AugmentedLM.mixed`."""
         base = logits.float().log_softmax(-1)
         shares = [
-            self._share(name, base, states, query, weight)
+            self._share(name, base, states, query, weight, asked=asked)
             for name, factor in sorted(self.config.members.items())  # one order, one rounding
             if (weight := lambda_ * factor) > 0
         ]
@@ -194,19 +200,21 @@ class MemoryStack(AugmentedLM):
         states: Mapping[int, Tensor],
         query: Tensor | None,
         lambda_: float,
+        *,
+        asked: bool,
     ) -> Share:
         settings, memory = self._members[name].settings, self._memory(name)
-        view, asked = None, False  # type: Tensor | None, bool | Tensor
+        view, known = None, False  # type: Tensor | None, bool | Tensor
         if query is not None and settings.memory.query_size:
             view = query[:, self._places()[name]]  # (B, Q_i)
-            asked = view.ne(0).any(-1, keepdim=True)  # (B, 1)
+            known = asked and view.ne(0).any(-1, keepdim=True)  # (B, 1)
         log_probs = memory.log_probs(
             states[settings.layer],
             None if view is None else view[:, None],
             settings.memory_temperature,
         )
         tokens = memory.corpus_tokens
-        weight = gated_weight(base, log_probs, tokens, lambda_, settings.gate, asked=asked)
+        weight = gated_weight(base, log_probs, tokens, lambda_, settings.gate, asked=known)
         return Share(log_probs, tokens, weight)
 
     def _memory(self, name: str) -> Memory:

@@ -400,9 +400,10 @@ def test_the_question_decides_the_query_vector(memory: MemoryModel) -> None:
     asked.answer(TALK, max_new_tokens=1)
     "".join(asked.continue_text("A text.", Decoding(1)))
     "".join(asked.continue_text("A text.", Decoding(1), asked="Its question?"))
+    "".join(asked.continue_text("Question: Who?\nAnswer:", Decoding(1)))
     "".join(asked.reply(TALK, Decoding(1), asked="Another?"))
     asked.answer(TALK, max_new_tokens=1, lambda_=0.0)  # the base model needs none
-    assert seen == ["Where? ", "A text.", "Its question?", "Another?"]
+    assert seen == ["Where? ", "A text.", "Its question?", "Who?", "Another?"]
 
 
 def test_two_threads_get_what_each_gets_alone(memory: MemoryModel) -> None:

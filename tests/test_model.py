@@ -143,9 +143,9 @@ def test_a_long_text_is_mixed_in_pieces(
     given = {"input_ids": ids, "query_vector": vectors(3)}
     sizes, mixed = [], model.mixed
 
-    def note(logits: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+    def note(logits: Tensor, *rest: Any, asked: bool) -> Tensor:  # noqa: ANN401
         sizes.append(logits.shape[1])
-        out: Tensor = mixed(logits, *rest)
+        out: Tensor = mixed(logits, *rest, asked=asked)
         return out
 
     monkeypatch.setattr(model, "mixed", note)
@@ -378,20 +378,21 @@ def vectors(count: int) -> Tensor:
     return nn.functional.normalize(drawn, dim=-1)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("told", ["a question", "the text before", "nothing"])
 @pytest.mark.parametrize("lambda_", [None, 1.0])
 def test_query_and_gate_equal_the_naive_mixture(
-    asked: Asked, lambda_: float | None, known: bool
+    asked: Asked, lambda_: float | None, told: str
 ) -> None:
-    """Without a query vector, the memory reads zeros and the gate is that of plain text."""
+    """Where nothing is asked, the gate is that of plain text; told nothing, memories read zeros."""
     weight = LAMBDA if lambda_ is None else lambda_
-    queries = vectors(2) if known else torch.zeros(2, QUERY)
-    given = queries if known else None
+    known = told == "a question"
+    queries = torch.zeros(2, QUERY) if told == "nothing" else vectors(2)
+    given = None if told == "nothing" else queries
     with torch.no_grad():
         base = asked.reference(input_ids=PROMPT).logits.log_softmax(-1)
         hidden = asked.backbone.hidden(PROMPT, torch.ones_like(PROMPT))
         found = asked.model(
-            input_ids=PROMPT, memory_lambda=lambda_, query_vector=given
+            input_ids=PROMPT, memory_lambda=lambda_, query_vector=given, recall=known
         ).logits.exp()
         for row in range(2):
             for place in range(PROMPT.shape[1]):

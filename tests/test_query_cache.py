@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from mlpmem_rag.backbone import Backbone
+from mlpmem_rag.gate import Gate, constant_weights
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.query_cache import cached_query, keep_query
 
@@ -59,7 +60,25 @@ def test_what_was_asked_at_prefill_holds_for_the_steps_after(model: Any, kind: s
 def test_a_cache_that_forward_made_carries_it_too(model: Any) -> None:  # noqa: ANN401
     queries = vectors(2)
     cache = model(input_ids=PROMPT, query_vector=queries, use_cache=True).past_key_values
-    assert torch.equal(cached_query(cache), queries)  # type: ignore[arg-type]
+    kept, asked = cached_query(cache)
+    assert asked
+    assert torch.equal(kept, queries)  # type: ignore[arg-type]
+
+
+def test_that_nothing_was_asked_holds_for_the_steps_after(
+    model: Any,  # noqa: ANN401
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "gate", Gate(constant_weights(0.9), constant_weights(0.1)))
+    queries = vectors(2)
+    cache = DynamicCache(config=model.base.config)
+    model(input_ids=PROMPT, past_key_values=cache, query_vector=queries, recall=False)
+    step = model(input_ids=NEXT, past_key_values=cache).logits
+    whole = torch.cat([PROMPT, NEXT], 1)
+    expected = model(input_ids=whole, query_vector=queries, recall=False).logits[:, -1:]
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
+    asked = model(input_ids=whole, query_vector=queries).logits[:, -1:]
+    assert not torch.allclose(step, asked, atol=0.01), "asked, the gate is wide open"
 
 
 def test_rows_are_reordered_repeated_and_selected_with_the_cache(model: Any) -> None:  # noqa: ANN401
@@ -109,15 +128,15 @@ def test_a_new_request_replaces_the_one_before(model: Any) -> None:  # noqa: ANN
     whole = torch.cat([PROMPT, NEXT], 1)
     expected = model(input_ids=whole, query_vector=second).logits[:, -1:]
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(cached_query(cache), second)  # type: ignore[arg-type]
+    assert torch.equal(cached_query(cache)[0], second)  # type: ignore[arg-type]
 
 
 def test_nothing_is_kept_where_nothing_is_asked(model: Any) -> None:  # noqa: ANN401
     cache = model(input_ids=PROMPT, use_cache=True).past_key_values
     assert len(cache) == len(model.base.model.layers)
-    assert cached_query(cache) is None
-    assert cached_query(None) is None
-    keep_query(None, vectors(2))
+    assert cached_query(cache)[0] is None
+    assert cached_query(None)[0] is None
+    keep_query(None, vectors(2), asked=True)
 
 
 def test_the_layer_does_not_count_as_one_of_the_model(model: Any) -> None:  # noqa: ANN401
