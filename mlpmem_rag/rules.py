@@ -29,6 +29,7 @@ from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
 from mlpmem_rag.passages import without_notes
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.questions import Question
+from mlpmem_rag.tables import attribute, table_at, told
 from mlpmem_rag.wording import (
     DIMENSIONS,
     Asked,
@@ -117,7 +118,7 @@ def paragraphs(document: Document) -> Iterator[str]:
     """Paragraphs without their headings.
 
     Lines that end a sentence end a paragraph, as in lists. A key-value line becomes a sentence
-    about the title, or where there is none, the heading above it.
+    about the title, or where there is none, the heading above it; a table becomes one of each cell.
     """
     heading = ""
     open_lines: list[str] = []
@@ -127,17 +128,24 @@ def paragraphs(document: Document) -> Iterator[str]:
             yield from _cut(without_notes(" ".join(open_lines)))
             open_lines.clear()
 
-    for line in document.text.splitlines():
+    lines = document.text.splitlines()
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        number += 1
         pair = KEY_VALUE.fullmatch(line) if len(line) < MAX_KEY_VALUE_LINE else None
+        topic = document.title or heading
         if title := HEADING.fullmatch(line):
             yield from close()
             heading = title.group(1)
+        elif table := table_at(lines, number - 1):
+            yield from close()
+            yield from told(table, heading or topic)
+            number += table.lines - 1
         elif pair and not line.rstrip().endswith("."):
             yield from close()
-            topic = document.title or heading
-            about = f" of {topic}" if topic else ""
             if pair.group(2) != topic:
-                yield f"The {pair.group(1).lower()}{about} is {pair.group(2)}."
+                yield attribute(pair.group(1), topic, pair.group(2))
         elif not line.strip():
             yield from close()
         else:

@@ -1,0 +1,123 @@
+"""Tables in text, told as sentences: Markdown's pipe tables, and columns that white space lines up.
+
+The first cell of a row is what the row is about, the first row says what of it is told:
+`| Harbour | Depth |` over `| Selde | 9 metres |` is "The depth of Selde is 9 metres."
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+
+COLUMN = re.compile(r"^\s?\S|(?<=\s\s)\S")
+"""The beginning of a cell, where two spaces are before each but the first."""
+PIPE = re.compile(r"(?<!\\)\|")
+RULE = re.compile(r":?-+:?")
+LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
+DONE = re.compile(r"(?i:\w+ed|built|born|begun|made)")
+DATE = re.compile(r"(?P<day>\d{1,2}(?:st|nd|rd|th)? )?(?:[A-Z][a-z]+ )?(?P<us>\d{1,2}, )?\d{4}")
+NOTHING = ("-", "–", "—", "n/a", "none")
+VALUE = ("value", "values", "")
+MAX_CELL = 160
+"""Characters of what is told in a sentence; a longer cell is text of its own."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells by row.
+
+    Attributes:
+        header: names of the columns; None: two columns, the first of which names what is told in
+            the second.
+        rows: below it, as many cells each.
+        lines: that it takes in the text.
+    """
+
+    header: tuple[str, ...] | None
+    rows: tuple[tuple[str, ...], ...]
+    lines: int
+
+
+def table_at(lines: Sequence[str], start: int) -> Table | None:
+    """The table that begins with this line; None: none does."""
+    return _piped(lines, start) or _aligned(lines, start)
+
+
+def told(table: Table, topic: str) -> Iterator[str]:
+    """What a table says, cell by cell; `topic` is what it stands under, or nothing."""
+    for about, *cells in table.rows:
+        names = (about,) if table.header is None else table.header[1:]
+        of = topic if table.header is None else about
+        for name, cell in zip(names, cells, strict=True):
+            if not cell or cell.lower() in NOTHING:
+                continue
+            if len(cell) > MAX_CELL or len(of) > MAX_CELL:
+                yield cell
+            elif name:
+                yield attribute(name, of, cell)
+
+
+def attribute(name: str, of: str, value: str) -> str:
+    """A sentence: the name of the thing is the value, or when that was done to it."""
+    value = value.removesuffix(".")
+    if of and DONE.fullmatch(name) and (when := DATE.fullmatch(value)):
+        return f"{of} was {name.lower()} {'on' if when['day'] or when['us'] else 'in'} {value}."
+    return f"The {_noun(name)}{f' of {of}' if of else ''} is {value}."
+
+
+def _noun(name: str) -> str:
+    """As it stands within a sentence: `Harbour master` in lower case, `URL` as it is."""
+    words = name.split()
+    return " ".join(w if w.isupper() and len(w) > 1 else w.lower() for w in words)
+
+
+def _piped(lines: Sequence[str], start: int) -> Table | None:
+    if "|" not in lines[start] or "|" not in "".join(lines[start + 1 : start + 2]):
+        return None
+    header, rule = _cells(lines[start]), _cells(lines[start + 1])
+    if len(header) < 2 or len(rule) != len(header) or not all(map(RULE.fullmatch, rule)):
+        return None
+    rows = []
+    for line in islice(lines, start + 2, None):
+        if "|" not in line:
+            break
+        cells = _cells(line)[: len(header)]
+        rows.append((*cells, *[""] * (len(header) - len(cells))))
+    return _table(header, rows, 2 + len(rows))
+
+
+def _aligned(lines: Sequence[str], start: int) -> Table | None:
+    starts = [match.end() - 1 for match in COLUMN.finditer(lines[start])]
+    if len(starts) < 2:
+        return None
+    rows = []
+    for line in islice(lines, start, None):
+        gaps = [line[place - 2 : place] for place in starts[1:] if place < len(line)]
+        if not gaps or any(gap.strip() for gap in gaps):
+            break
+        spans = zip_longest(starts, starts[1:])
+        rows.append(tuple(_plain(line[first:end]) for first, end in spans))
+    if len(rows) < 2:
+        return None
+    if len(starts) == 2:  # which has names of its columns as often as not
+        return Table(None, tuple(rows), len(rows))
+    return _table(rows[0], rows[1:], len(rows))
+
+
+def _table(header: Sequence[str], rows: Sequence[tuple[str, ...]], lines: int) -> Table:
+    keyed = len(header) == 2 and header[1].lower() in VALUE
+    return Table(None if keyed else tuple(header), tuple(rows), lines)
+
+
+def _cells(line: str) -> list[str]:
+    inside = line.strip().removeprefix("|")
+    if inside.endswith("|") and not inside.endswith("\\|"):
+        inside = inside[:-1]
+    return [_plain(cell.replace("\\|", "|")) for cell in PIPE.split(inside)]
+
+
+def _plain(cell: str) -> str:
+    """Without Markdown's marks."""
+    return LINK.sub(r"\1", " ".join(cell.split())).strip("*_` ")
