@@ -14,6 +14,8 @@ from mlpmem_rag.scoring import exact_match, normalize, token_f1
 
 Floats = npt.NDArray[np.float64]
 
+CONFIDENCE_BINS = 10
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -73,6 +75,9 @@ class Abstention:
         auroc_right: right against wrong answers to answerable questions; None: all alike.
         auroc_answerable: answerable against unanswerable questions; None: all alike.
         aurc: area under the risk-coverage curve: mean risk over all coverages.
+        brier: mean squared difference between a confidence and 1 (right) or 0 (wrong).
+        calibration_error: how far, on average, the share of right answers is from the confidence
+            told, in ten bins of equal width (expected calibration error, arXiv 1706.04599).
         curve: (coverage, risk, confidence), from the surest answer on; one point for each
             distinct confidence.
     """
@@ -81,6 +86,8 @@ class Abstention:
     auroc_right: float | None
     auroc_answerable: float | None
     aurc: float
+    brier: float
+    calibration_error: float
     curve: tuple[tuple[float, float, float], ...]
 
 
@@ -105,8 +112,17 @@ def abstention(
         auroc_right=_auroc(correct[can], sure[can]),
         auroc_answerable=_auroc(can, sure),
         aurc=float(risks.mean()),
+        brier=float(np.square(sure - correct).mean()),
+        calibration_error=calibration_error(sure, correct),
         curve=curve,
     )
+
+
+def calibration_error(sure: Floats, correct: npt.NDArray[np.bool_]) -> float:
+    """See `Abstention`. *Shapes:* (N,), (N,)."""
+    bins = np.minimum((sure * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    gaps = np.bincount(bins, sure - correct, minlength=CONFIDENCE_BINS)
+    return float(np.abs(gaps).sum() / len(sure))
 
 
 def risk_coverage(

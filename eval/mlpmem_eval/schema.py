@@ -35,6 +35,8 @@ class AbstentionFigures(_Part):
     auroc_right: float | None
     auroc_answerable: float | None
     aurc: float
+    brier: float
+    calibration_error: float
     curve: list[tuple[float, float, float]]
 
 

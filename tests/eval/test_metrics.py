@@ -106,6 +106,14 @@ def test_risk_and_coverage_by_hand() -> None:
     assert found.auroc_answerable == roc_auc_score([1, 1, 1, 0], [0.9, 0.7, 0.4, 0.4])
 
 
+def test_calibration_by_hand() -> None:
+    found = abstention([0.95, 0.91, 0.5, 1.0], [True, False, True, True], [True] * 4)
+    assert found is not None
+    assert found.brier == pytest.approx((0.05**2 + 0.91**2 + 0.5**2) / 4)
+    # Three in the last bin say 2.86 together and are right twice, one says .5 and is right.
+    assert found.calibration_error == pytest.approx((2.86 - 2 + 1 - 0.5) / 4)
+
+
 def test_abstention_without_answers_or_contrast() -> None:
     assert abstention([], [], []) is None
     found = abstention([0.5, 0.6], [True, True], [True, True])
