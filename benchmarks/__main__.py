@@ -25,6 +25,8 @@ SUITES = {
     "neighbors": "exact neighbours beside faiss.knn",
     "approximate": "approximate neighbours beside exact ones, a million rows",
     "gpu_neighbors": "exact neighbours on a GPU beside its matrix products",
+    "targets": "neighbours' votes beside np.unique row by row",
+    "study": "study stage beside bare forward passes, with and without a shared beginning",
     "distillation": "distillation beside the released formulation",
     "decoding": "prefill and decoding beside the bare base model",
     "answers": "a token of an answer beside the bare base model, as they are served",
@@ -32,10 +34,12 @@ SUITES = {
     "inference_memory": "peak memory of answering",
     "serving": "first token and whole answer beside RAG; many requests at once",
     "training": "documents to memory, end to end",
+    "training_whole": "the same for all of a large corpus",
     "compiled": "generation and distillation compiled, on a GPU",
 }
 GPU_ONLY = ("gpu_neighbors", "compiled")
-FIRST_ON_GPU = ("gpu_neighbors", "training")
+OF_LARGE_CORPUS = ("training_whole",)
+FIRST_ON_GPU = ("gpu_neighbors", "training", "training_whole")
 """What is known of a GPU alone, should its time run out."""
 
 SuiteArgument = Annotated[
@@ -53,6 +57,9 @@ def main(
     other_memory: Annotated[Path | None, typer.Option(help="Of another corpus.")] = None,
     corpus: Annotated[Path, typer.Option(help="Documents.")] = Setup.corpus,
     questions: Annotated[Path, typer.Option(help="About them, jsonl.")] = Setup.questions,
+    large_corpus: Annotated[
+        Path | None, typer.Option(help="Documents to train on all of; else that is left out.")
+    ] = None,
     documents: Annotated[int, typer.Option(help="To train on; 0: all.")] = TRAINED_DOCUMENTS,
     search_rows: Annotated[int, typer.Option(help="Of the large datastore.")] = 1_000_000,
     rounds: Annotated[int, typer.Option(help="Of a comparison of a second or two.")] = 7,
@@ -78,6 +85,7 @@ def main(
             other_memory=other_memory,
             corpus=corpus,
             questions=questions,
+            large_corpus=large_corpus,
             trained_documents=documents,
             search_rows=search_rows,
             rounds=rounds,
@@ -107,8 +115,8 @@ def measure(setup: Setup, names: list[str], console: Console) -> list[str]:
     ceilings = machine.ceilings(setup.device, setup.work)
     failed = []
     for name in names:
-        if name in GPU_ONLY and not setup.device.startswith("cuda"):
-            setup.say(f"{name}: only on a GPU")
+        if why := left_out(setup, name):
+            setup.say(f"{name}: {why}")
             continue
         setup.say(f"{name}: {SUITES[name]}")
         started = time.perf_counter()
@@ -118,10 +126,20 @@ def measure(setup: Setup, names: list[str], console: Console) -> list[str]:
             console.print(f"{name} failed: {type(error).__name__}: {error}", style="red")
             failed.append(name)
             continue
-        entry = results.entry(figures, ceilings, time.perf_counter() - started, choices(setup))
+        took = time.perf_counter() - started
+        entry = results.entry(figures, ceilings, took, choices(setup, name))
         results.merge(path, about, {name: entry})
         Console().print(results.table(name, figures, ceilings))
     return failed
+
+
+def left_out(setup: Setup, name: str) -> str | None:
+    """Why a suite cannot be measured; None: it can."""
+    if name in GPU_ONLY and not setup.device.startswith("cuda"):
+        return "only on a GPU"
+    if name in OF_LARGE_CORPUS and setup.large_corpus is None:
+        return "left out, no --large-corpus is given"
+    return None
 
 
 def suite(name: str) -> Callable[[Setup], list[Figure]]:
@@ -130,13 +148,14 @@ def suite(name: str) -> Callable[[Setup], list[Figure]]:
     return run
 
 
-def choices(setup: Setup) -> dict[str, Any]:
-    """What was measured on."""
+def choices(setup: Setup, name: str) -> dict[str, Any]:
+    """What a suite was measured on."""
+    large = setup.large_corpus if name in OF_LARGE_CORPUS else None
     return {
         "measured": datetime.now(UTC).isoformat(timespec="minutes"),
         "base_model": setup.base_model,
         "dtype": setup.dtype,
-        "corpus": setup.corpus.name,
+        "corpus": (large or setup.corpus).name,
         "memory": setup.memory.name if setup.memory else "trained in the run",
     }
 

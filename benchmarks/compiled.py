@@ -74,7 +74,7 @@ def generation(setup: Setup) -> list[Figure]:
 def training_step(setup: Setup) -> Figure:
     """Rows a second with the memory's blocks compiled."""
     config, folder = distillation.prepared(setup)
-    rows = distillation.ROWS[-1]
+    rows = distillation.RELEASED_ROWS
     drawn = distillation.drawn_rows(folder, rows)
     (plain,) = distillation.arms(config, folder, setup.device, ("ours",))
     (compiled,) = distillation.arms(config, folder, setup.device, ("ours",))

@@ -29,18 +29,20 @@ from benchmarks.rounds import Ratio, interleaved, median_ratio
 from benchmarks.setup import Setup
 from mlpmem_eval.meters import metered
 from mlpmem_rag.backbone import mlp_shape
-from mlpmem_rag.config import PAPER_OPTIMISATION, TrainConfig
+from mlpmem_rag.config import PAPER_OPTIMISATION, STUDY_OPTIMISATION, TrainConfig
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import Rows
 from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.lessons import Columns, TextLesson
 from mlpmem_rag.memory import Memory, MemoryConfig, derive_config, new_memory
-from mlpmem_rag.neighbors import MAX_NEIGHBORS, find_neighbors
 from mlpmem_rag.targets import Targets, build_targets, derive_tau
 
 ALPHA = 0.4
-ROWS = (PAPER_OPTIMISATION.batch_rows, 4096)
-"""Rows a step: as this library trains, and half of the released trainer's batch of 8,192 tokens."""
+PAPER_ROWS = PAPER_OPTIMISATION.batch_rows
+TRAIN_ROWS = STUDY_OPTIMISATION.batch_rows
+RELEASED_ROWS = 4096
+"""Rows a step: as this library trains by the paper's recipe and by its own, and half of the
+released trainer's batch of 8,192 tokens."""
 ROUNDS = 6
 FASTER = Goal(at_least=5.0)
 SMALLER = Goal(at_most=0.1)
@@ -109,30 +111,29 @@ def dense_loss(memory: Memory, keys: Tensor, dense: Tensor, following: Tensor) -
 
 
 def run(setup: Setup) -> list[Figure]:
-    """Rows a second and peak memory, at both numbers of rows a step and as each side trains."""
+    """Rows a second and peak memory, at the same rows a step; and memory as each side trains."""
     config, folder = prepared(setup)
-    speeds = [_speed(setup, config, folder, rows) for rows in ROWS]
+    numbers = (PAPER_ROWS, TRAIN_ROWS, RELEASED_ROWS)
+    speeds = [_speed(setup, config, folder, rows) for rows in numbers]
     peaks = {
         (arm, rows): in_own_process(arm, setup, config, folder, rows)
-        for rows in ROWS
+        for rows in numbers
         for arm in ARMS
     }
-    few, many = ROWS[0], ROWS[-1]
-    pairs = [((few, few), Goal()), ((many, many), SMALLER), ((few, many), SMALLER)]
+    pairs = {(rows, rows): Goal() for rows in numbers}
+    pairs |= {(RELEASED_ROWS, RELEASED_ROWS): SMALLER, (TRAIN_ROWS, RELEASED_ROWS): Goal()}
     return speeds + [
         _memory(mine, theirs, peaks["ours", mine], peaks["released", theirs], goal)
-        for (mine, theirs), goal in dict(pairs).items()
+        for (mine, theirs), goal in pairs.items()
     ]
 
 
 def prepared(setup: Setup) -> tuple[MemoryConfig, Path]:
     """The shape with the whole vocabulary; the folder gets the neighbours' votes."""
     store, folder = setup.datastore, setup.work
-    rows = np.arange(store.num_rows)
-    k = min(MAX_NEIGHBORS, store.num_rows - 1)
-    found = find_neighbors(store, rows, folder / "neighbors", k=k)
     next_tokens = np.asarray(store.next_tokens)
-    build_targets(found, next_tokens, folder / "targets", tau=derive_tau(found, next_tokens, rows))
+    tau = derive_tau(setup.neighbors, next_tokens, np.arange(store.num_rows))
+    build_targets(setup.neighbors, next_tokens, folder / "targets", tau=tau)
     backbone = setup.backbone
     shape = mlp_shape(backbone.model, backbone.layer)
     width = backbone.reference.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.rounds import Ratio
@@ -24,6 +25,16 @@ class Ceilings:
     def products(self, dtype: str) -> float:
         """Of a format; one that was not measured has no hardware, and does float32's at most."""
         return self.flops.get(dtype, self.flops["float32"])
+
+
+def best_of(measured: Sequence[Ceilings]) -> Ceilings:
+    """The highest of several runs on one machine: other load takes away, and nothing adds."""
+    dtypes = dict.fromkeys(dtype for ceilings in measured for dtype in ceilings.flops)
+    return Ceilings(
+        flops={dtype: max(c.flops.get(dtype, 0.0) for c in measured) for dtype in dtypes},
+        bytes_per_second=max(c.bytes_per_second for c in measured),
+        disk_bytes_per_second=max(c.disk_bytes_per_second for c in measured),
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio has to reach: `at_least` or `at_most` a number."""
+    """What a ratio has to reach: `at_least` a number, `at_most` a number, or both."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -66,9 +77,8 @@ class Goal:
 
     def __str__(self) -> str:
         """As a table shows it."""
-        if self.at_least is not None:
-            return f"≥ {self.at_least:g}"
-        return f"≤ {self.at_most:g}" if self.at_most is not None else ""
+        sides = {"≥": self.at_least, "≤": self.at_most}
+        return ", ".join(f"{sign} {side:g}" for sign, side in sides.items() if side is not None)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,13 @@ from benchmarks.setup import Setup
 from mlpmem_eval.meters import metered
 from mlpmem_rag.artifact import load_settings
 from mlpmem_rag.embedded import embedded_model_path
+from mlpmem_rag.query import SentenceEncoder
 
 ARMS = ("base", "vector", "text")
 ALLOWED = 1.1
 RUNS = 3
+PROMPT = 256
+STEPS = 64
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -61,9 +64,10 @@ def vector_arm(options: argparse.Namespace) -> tuple[Any, dict[str, Any], int]:
 
 def text_arm(options: argparse.Namespace) -> tuple[Any, dict[str, Any], int]:
     model, _, added = vector_arm(options)
-    encoder = getattr(model.query_encoder, "_model", None)  # pooled: the base model itself
     asked = {"query_text": "What does the warranty cover?"}
-    return model, asked, added + (weight_bytes(encoder) if encoder else 0)
+    encoder = model.query_encoder
+    own = isinstance(encoder, SentenceEncoder)  # pooled, it is the base model itself
+    return model, asked, added + (weight_bytes(encoder.model) if own else 0)
 
 
 def run_arm(options: argparse.Namespace) -> dict[str, int]:
@@ -97,6 +101,7 @@ def run(setup: Setup) -> list[Figure]:
     base = load_settings(memory).base.name
     arguments = [str(memory), "--base", str(embedded_model_path(base) or base)]
     arguments += ["--dtype", setup.dtype, "--device", setup.device]
+    arguments += ["--prompt", str(PROMPT), "--steps", str(STEPS)]
     runs = {arm: [in_own_process(arm, arguments) for _ in range(RUNS)] for arm in ARMS}
     peaks = {arm: statistics.median(run["peak"] for run in found) for arm, found in runs.items()}
     return [
@@ -122,8 +127,8 @@ def main() -> None:
     """One arm, for the process that measures all."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("memory")
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--arm", choices=ARMS, required=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -42,6 +43,11 @@ def timed(work: Callable[[], T], device: str = "cpu") -> tuple[T, float]:
     found: list[T] = []
     took = seconds(lambda: found.append(work()), device)
     return found[0], took
+
+
+def exhaust(results: Iterable[object]) -> None:
+    """Have all of them made, none of which is kept."""
+    deque(results, maxlen=0)
 
 
 def interleaved(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import decoding, machine, page, results, roofline
-from benchmarks.figures import Ceilings, Figure, Goal, Needs
+from benchmarks.figures import Ceilings, Figure, Goal, Needs, best_of
 from benchmarks.rounds import Ratio, interleaved, median_ratio, timed
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.memory import Memory, MemoryConfig
@@ -102,6 +104,25 @@ def test_products_are_measured_in_what_has_hardware(
     assert machine.formats(torch.device("cuda", 1)) == (*expected, torch.float16)
 
 
+def test_a_product_in_float32_is_measured_by_both_libraries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "MATRIX", 10)
+    took = {"mm": 4.0, "matmul": 2.0}
+    ran: list[str] = []
+    for module, name in ((torch, "mm"), (np, "matmul")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: ran.append(name))
+
+    def seconds(work: Callable[[], object], _device: str) -> float:
+        work()
+        return took[ran[-1]]
+
+    monkeypatch.setattr(machine, "seconds", seconds)
+    assert machine.product_rate(torch.float32, "cpu") == 2 * 10**3 / 2.0
+    assert set(ran) == {"mm", "matmul"}
+    assert machine.product_rate(torch.bfloat16, "cpu") == 2 * 10**3 / 4.0
+
+
 def test_goals_are_of_the_ratio_where_there_is_one() -> None:
     figure = Figure("work", "s", 3.0, goal=Goal(at_least=2.0))
     assert figure.reached is True
@@ -109,7 +130,8 @@ def test_goals_are_of_the_ratio_where_there_is_one() -> None:
     assert replace(figure, goal=Goal()).reached is None
     within = Goal(at_least=0.95, at_most=1.05)
     assert [within.reached(v) for v in (0.9, 1.0, 1.1)] == [False, True, False]
-    assert [str(g) for g in (Goal(2.0), Goal(None, 0.1), Goal())] == ["≥ 2", "≤ 0.1", ""]
+    shown = [str(g) for g in (Goal(2.0), Goal(None, 0.1), within, Goal())]
+    assert shown == ["≥ 2", "≤ 0.1", "≥ 0.95, ≤ 1.05", ""]
 
 
 def test_what_a_forward_pass_needs_is_counted_by_hand(tiny_backbone: Backbone) -> None:
@@ -140,6 +162,25 @@ def test_weights_that_are_shared_count_once() -> None:
     tied = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4), "b": torch.nn.Linear(3, 4)})
     tied["b"].weight = tied["a"].weight
     assert roofline.matrix_weights(tied) == 12
+
+
+def test_the_page_divides_by_the_best_that_a_machine_was_measured_to_do(tmp_path: Path) -> None:
+    lone = Figure("lone", "rows/s", 90.0, per_second=90.0, needs=Needs(1, 0, "bfloat16"))
+    loaded, idle = Ceilings({"float32": 80.0, "bfloat16": 60.0}, 12.0, 0.5), CEILINGS
+    cpu = {"processor": "Chip", "instructions": "avx2", "torch_threads": 2}
+    about = {"machine": {"device": "cpu", "gpu": None, **cpu}}
+    suites = {
+        name: results.entry(figures, ceilings, 1.0, {"measured": "2026-05-02T09:00"})
+        for name, figures, ceilings in (("first", [], idle), ("last", [lone], loaded))
+    }
+    results.merge(tmp_path / "chip.json", about, suites)
+    where = tmp_path / "page.md"
+    where.write_text(f"{page.BEGIN}\n{page.END}")
+    page.fill(where, tmp_path)
+    best = Ceilings({"float32": 100.0, "bfloat16": 400.0}, 12.0, 1.0)
+    assert best_of([loaded, idle]) == best
+    assert page.limits(best) in where.read_text()
+    assert "| lone | 90 rows/s |  |  |  |  | 22 % |" in where.read_text(), "of 400, not of 60"
 
 
 def test_the_page_gets_a_table_a_machine(tmp_path: Path) -> None:

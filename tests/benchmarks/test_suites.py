@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +25,33 @@ from benchmarks import (
     decoding,
     distillation,
     gpu_neighbors,
+    inference_memory,
     machine,
     neighbors,
     results,
-    training,
 )
 from benchmarks.__main__ import SUITES, in_order, main, measure, suite
 from benchmarks.figures import Ceilings, Figure, Goal
-from benchmarks.rounds import Ratio
 from benchmarks.setup import Setup
 from mlpmem_rag import generation
-from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.index import CPU, flat_index
+from mlpmem_rag.index import CPU, Floats, Rows, flat_index
 from mlpmem_rag.lessons import Columns, TextLesson
 from mlpmem_rag.memory import MemoryConfig, new_memory
+from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.neighbors import FlatSearch
-from mlpmem_rag.pipeline import train
-from mlpmem_rag.report import TrainReport
+from mlpmem_rag.query import SentenceEncoder
 from mlpmem_rag.targets import Targets
 
-
-@pytest.fixture(scope="module")
-def setup(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_folder: Path,
-    tiny_memory: Path,
-    tiny_documents: list[Document],
-) -> Setup:
-    """Everything tiny."""
-    folder = tmp_path_factory.mktemp("bench")
-    (folder / "corpus").mkdir()
-    for document in tiny_documents:
-        (folder / "corpus" / f"{document.id}.txt").write_text(document.text)
-    return Setup(
-        folder / "work",
-        device="cpu",
-        dtype="float32",
-        base_model=str(tiny_folder),
-        memory=tiny_memory,
-        corpus=folder / "corpus",
-        search_rows=3000,
-        rounds=2,
-    )
+from .checks import check
 
 
 @pytest.fixture(autouse=True)
-def _work(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup.work.mkdir(exist_ok=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PROMPT", 8)
     monkeypatch.setattr(decoding, "STEPS", 2)
     monkeypatch.setattr(corpora, "PROMPT", 8)
     monkeypatch.setattr(corpora, "STEPS", 2)
-
-
-def check(figure: Figure) -> None:
-    """A ratio of the two figures, in its interval."""
-    assert figure.ours > 0
-    if figure.ratio is not None:
-        assert figure.ratio.low <= figure.ratio.value <= figure.ratio.high
 
 
 def test_the_datastore_suite_counts_the_corpus(setup: Setup) -> None:
@@ -131,6 +100,48 @@ def test_the_gpu_suite_searches_where_it_is_told(
         assert figure.ours == pytest.approx(operations / float(figure.details["seconds"]) / 1e12)
 
 
+def test_a_search_on_a_gpu_keeps_no_more_than_it_is_at() -> None:
+    kept: list[weakref.ref[Any]] = []
+
+    class Counting:
+        def groups(self) -> Iterator[Rows]:
+            return iter([np.arange(3)] * 9)
+
+        def search(self, rows: Rows, k: int) -> tuple[Rows, Floats]:
+            assert not any(found() is not None for found in kept), "of the groups before"
+            found, distances = np.zeros((3, k), np.int64), np.zeros((3, k), np.float32)
+            kept.extend(map(weakref.ref, (found, distances)))
+            return found, distances
+
+    assert gpu_neighbors.search_seconds(Counting(), 4, "cpu") > 0
+    assert len(kept) == 2 * (gpu_neighbors.WARM_UP + 9)
+
+
+def test_a_search_on_a_gpu_stands_between_two_measurements_of_its_products(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    rates = iter([4e12, 2e12, 1e12])
+
+    def product_rate(*_: object) -> float:
+        order.append("products")
+        return next(rates)
+
+    def search_seconds(_search: object, k: int, _device: str) -> float:
+        order.append(f"k = {k}")
+        return 3000**2 * 16 / 1e12  # at 2 TFLOP/s
+
+    monkeypatch.setattr(machine, "product_rate", product_rate)
+    monkeypatch.setattr(gpu_neighbors, "search_seconds", search_seconds)
+    monkeypatch.setattr(gpu_neighbors, "WIDTH", 16)
+    first, second = gpu_neighbors.run(setup)
+    assert order == ["products", "k = 64", "products", "k = 1024", "products"]
+    assert (first.other, second.other) == (3.0, 1.5)
+    for figure, expected in ((first, (2 / 3, 0.5, 1.0)), (second, (4 / 3, 1.0, 2.0))):
+        assert figure.ratio is not None
+        assert astuple(figure.ratio) == pytest.approx(expected)
+
+
 def test_distillation_and_the_released_formulation_agree_on_the_loss(setup: Setup) -> None:
     """With one vocabulary for both, sparse and dense are the same numbers."""
     _, folder = distillation.prepared(setup)
@@ -152,17 +163,22 @@ def test_the_distillation_suite_measures_speed_and_memory(
     def peak(arm: str, *given: object) -> float:
         return float(str(given[-1])) * {"ours": 1, "released": 3}[arm]
 
-    monkeypatch.setattr(distillation, "ROWS", (16, 64))
+    for name, rows in (("PAPER_ROWS", 16), ("TRAIN_ROWS", 32), ("RELEASED_ROWS", 64)):
+        monkeypatch.setattr(distillation, name, rows)
     monkeypatch.setattr(distillation, "ROUNDS", 2)
     monkeypatch.setattr(distillation, "in_own_process", peak)
-    slow, fast, *memory = distillation.run(setup)
-    for speed in (slow, fast):
+    figures = distillation.run(setup)
+    speeds, memory = figures[:3], figures[3:]
+    for speed, rows in zip(speeds, (16, 32, 64), strict=True):
         check(speed)
+        assert speed.what == f"distillation, {rows} rows a step"
         assert speed.details["vocabulary"] == 300
         assert speed.details["distinct_tokens"] == len(np.unique(setup.datastore.next_tokens))
     ratios = [figure.ratio.value for figure in memory if figure.ratio]
-    assert ratios == pytest.approx([1 / 3, 1 / 3, 1 / 12])
-    assert [figure.reached for figure in memory] == [None, False, True]
+    assert ratios == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 6])
+    # Like beside like, the goal at the most rows; and as each side trains.
+    assert [figure.reached for figure in memory] == [None, None, False, None]
+    assert (memory[-1].what[-14:], memory[-1].against[-14:]) == ("32 rows a step", "64 rows a step")
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own(setup: Setup) -> None:
@@ -171,6 +187,40 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(setup: Setup) -> None:
     wide = replace(config, vocab_size=200_000)
     peak = distillation.in_own_process("released", setup, wide, folder, rows=4)
     assert peak > 4 * (4 * 200_000 * 32), "weights, gradients and two moments in float32"
+
+
+def test_peak_memory_of_answering_is_beside_the_base_and_what_is_added(
+    setup: Setup,
+    tmp_path: Path,
+    sentence_folder: Path,
+    memory_on: Callable[..., MLPMemForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a memory with an encoder of its own, each arm in a process."""
+    ran: dict[str, dict[str, int]] = {}
+    measured = inference_memory.in_own_process
+
+    def remembered(arm: str, arguments: list[str]) -> dict[str, int]:
+        ran[arm] = measured(arm, arguments)
+        return ran[arm]
+
+    for name, value in (("RUNS", 1), ("PROMPT", 8), ("STEPS", 4), ("in_own_process", remembered)):
+        monkeypatch.setattr(inference_memory, name, value)
+    model = memory_on(setup.backbone, query_size=32, encoder=str(sentence_folder))
+    model.save_pretrained(tmp_path / "memory")
+    vector, text = inference_memory.run(replace(setup, memory=tmp_path / "memory"))
+    encoder = model.query_encoder
+    assert isinstance(encoder, SentenceEncoder)
+    added = {"base": 0, "vector": inference_memory.weight_bytes(model.memory)}
+    added["text"] = added["vector"] + inference_memory.weight_bytes(encoder.model)
+    assert {arm: found["added"] for arm, found in ran.items()} == added
+    base = sum(tensor.nbytes for tensor in setup.backbone.model.parameters())
+    assert min(found["peak"] for found in ran.values()) > base
+    for figure, arm in ((vector, "vector"), (text, "text")):
+        check(figure)
+        assert figure.ours == ran[arm]["peak"] / 2**20
+        assert figure.other == (ran["base"]["peak"] + added[arm]) / 2**20
+        assert figure.goal == Goal(at_most=1.1)
 
 
 def test_the_decoding_suite_times_one_request_and_eight(setup: Setup) -> None:
@@ -212,7 +262,7 @@ def test_the_compiled_suite_generates_and_trains(
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     monkeypatch.setattr(compiled, "PROMPT", 8)
     monkeypatch.setattr(compiled, "TOKENS", 4)
-    monkeypatch.setattr(distillation, "ROWS", (64,))
+    monkeypatch.setattr(distillation, "RELEASED_ROWS", 64)
     torch.compiler.reset()
     figures = compiled.run(setup)
     for figure in figures:
@@ -227,51 +277,6 @@ def test_the_memory_of_another_corpus_is_as_large(setup: Setup) -> None:
     check(figure)
     larger, other = (float(figure.details[f"distinct_tokens{n}"]) for n in ("", "_other"))
     assert larger >= other > 0
-
-
-def test_the_training_suite_tells_every_stage(
-    setup: Setup,
-    tmp_path: Path,
-    quick_training: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def quick(corpus: Corpus, *, out: Path, **given: Any) -> TrainReport:  # noqa: ANN401
-        return train(corpus, out=out, **{**given, **quick_training})
-
-    monkeypatch.setattr("benchmarks.setup.train", quick)
-    base = setup.base_model
-    small = Setup(tmp_path, "cpu", "float32", base, corpus=setup.corpus, trained_documents=6)
-    figure, *stages = training.run(small)
-    assert figure.what == "training, 6 documents to a memory"
-    assert {"seconds_datastore", "seconds_distil"} <= set(figure.details)
-    names = [stage.what.removeprefix("training, stage ") for stage in stages]
-    assert {"datastore", "neighbors", "targets", "distil", "refit"} <= set(names)
-    for stage, name in zip(stages, names, strict=True):
-        took, total = small.trained.seconds[name], small.trained.total_seconds
-        assert (stage.ours, stage.other) == (took, total)
-        assert stage.ratio is not None
-        assert stage.ratio.value == pytest.approx(took / total)
-    assert sum(stage.ours for stage in stages) == pytest.approx(small.trained.total_seconds)
-
-
-def test_training_on_a_gpu_is_held_against_the_fastest_cpu(setup: Setup, tmp_path: Path) -> None:
-    for name, device, rate in (("a", "cpu", 3.0), ("b", "cpu", 5.0), ("c", "cuda", 900.0)):
-        entry = {"figures": [asdict(Figure("training", "tokens/s", rate))]}
-        about = {"machine": {"device": device}}
-        results.merge(tmp_path / f"{name}.json", about, {"training": entry})
-    results.merge(tmp_path / "d.json", {"machine": {"device": "cpu"}}, {})
-    there = replace(setup, results=tmp_path)
-    there.device = "cuda"
-    report = made_report(tokens=1_100_000, seconds={"datastore": 100.0, "study": 300.0})
-    there.__dict__["trained"] = report  # as if trained on one
-    speed, minutes, *stages = training.run(there)
-    assert (speed.ours, speed.other) == (2750.0, 5.0)
-    assert (speed.ratio, speed.reached) == (Ratio(550.0, 550.0, 550.0), True)
-    assert (minutes.unit, minutes.reached) == ("minutes", True)
-    assert minutes.ours == pytest.approx(400 / 60)
-    assert [stage.ours for stage in stages] == [100.0, 300.0]
-    alone = training.beside_cpus(replace(setup, results=tmp_path / "none"), report)
-    assert (alone.ratio, alone.reached) == (None, None)
 
 
 def test_goals_of_a_cpu_are_none_of_a_gpu(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +295,7 @@ def test_goals_of_a_cpu_are_none_of_a_gpu(setup: Setup, monkeypatch: pytest.Monk
 
 
 def test_what_only_a_gpu_tells_is_measured_first_there() -> None:
-    assert in_order("cuda:0")[:2] == ["gpu_neighbors", "training"]
+    assert in_order("cuda:0")[:3] == ["gpu_neighbors", "training", "training_whole"]
     assert set(in_order("cuda")) == set(SUITES)
     assert in_order("cpu") == list(SUITES)
 
@@ -304,12 +309,6 @@ def test_a_search_by_faiss_is_held_against_ours(setup: Setup) -> None:
     figure = gpu_neighbors.beside_faiss(search, other, store, 8, "cpu")
     check(figure)
     assert figure.ratio is not None
-
-
-def made_report(**given: Any) -> TrainReport:  # noqa: ANN401
-    """A report with some fields, and nothing in the others."""
-    names = [field.name for field in fields(TrainReport)]
-    return TrainReport(**{**dict.fromkeys(names), "documents": 9, "questions": 0, **given})
 
 
 def test_a_run_writes_what_it_has_beside_what_others_had(
@@ -328,6 +327,9 @@ def test_a_run_writes_what_it_has_beside_what_others_had(
     written = json.loads(path.read_text())
     assert set(written["suites"]) == {"neighbors", "datastore"}
     assert "gpu_neighbors: only on a GPU" in said
+    assert measure(there, ["training_whole"], Console(quiet=True)) == []
+    assert "training_whole: left out, no --large-corpus is given" in said
+    assert set(json.loads(path.read_text())["suites"]) == {"neighbors", "datastore"}
     assert results.figures_of(written["suites"]["datastore"]) == [Figure("datastore", "s", 1)]
 
 
