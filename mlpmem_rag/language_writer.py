@@ -42,7 +42,8 @@ _SHOTS = (
 class LanguageModelWriter:
     """Writes questions with any language model that continues text.
 
-    For a LlamaIndex LLM: `LanguageModelWriter(lambda ps: [llm.complete(p).text for p in ps])`.
+    For a LlamaIndex LLM: `LanguageModelWriter(lambda ps: [llm.complete(p).text for p in ps])`; for
+    training, `save_questions` puts what it writes into a file.
     A question is kept when its answer stands in the passage, the question does not give it away,
     and the model, asked again, answers alike (round trip).
     """

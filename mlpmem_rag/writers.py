@@ -19,7 +19,7 @@ from mlpmem_rag.recall import MAX_QUESTIONS, varied
 
 
 def write_questions(
-    sources: Sequence[str],
+    sources: Sequence[str | QuestionWriter],
     documents: Sequence[Document],
     backbone: Backbone | None,
     *,
@@ -30,7 +30,7 @@ def write_questions(
     Those in files are all kept, and the other writers share what room they leave.
 
     Args:
-        sources: `rules`, `base-model`, or paths of jsonl files.
+        sources: `rules`, `base-model`, paths of jsonl files, or any other writer.
         documents: what the questions are about.
         backbone: the base model, where it writes.
         on_progress: called often.
@@ -42,16 +42,19 @@ def write_questions(
     """
     written: dict[tuple[str, str], Question] = {}
     own: set[tuple[str, str]] = set()
-    for writer in [writer_of(source, backbone) for source in sources]:
+    names = [source for source in sources if isinstance(source, str)]
+    writers = [writer_of(s, backbone) if isinstance(s, str) else s for s in sources]
+    for writer in writers:
         for question in writer.write(documents, on_progress=on_progress):
             name = question.text, question.answer
             written.setdefault(name, question)
             if isinstance(writer, OwnQuestions):
                 own.add(name)
-    _check_number(len(own), sources)
+    _check_number(len(own), names)
     if not written:
+        by = ", ".join(s if isinstance(s, str) else type(s).__name__ for s in sources)
         raise CorpusError(
-            f"no question could be written from the corpus by {', '.join(sources)}; give "
+            f"no question could be written from the corpus by {by}; give "
             "questions of your own with --questions FILE.jsonl, or train with --recipe paper"
         )
     others = [question for name, question in written.items() if name not in own]

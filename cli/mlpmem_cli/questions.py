@@ -14,13 +14,19 @@ from mlpmem_cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlpmem_rag.questions import Question
+    from mlpmem_rag.questions import Question, QuestionWriter
 
 
 def questions(
     corpus: options.CorpusArgument,
     written_by: options.QuestionsOption = None,
     base_model: options.BaseModelOption = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            help="A LlamaIndex LLM writes too: MODULE:NAME or FILE.py:NAME, with ?key=value&…."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write all of them to a jsonl file as well.")
     ] = None,
@@ -31,7 +37,10 @@ def questions(
     follow_links: options.FollowLinksOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Preview the questions that can be written from a corpus, with their answers."""
+    """Preview the questions that can be written from a corpus, with their answers.
+
+    With --out they are in a file, which train --questions FILE takes.
+    """
     from mlpmem_cli import display
     from mlpmem_rag.backbone import load_backbone
     from mlpmem_rag.corpus import read_corpus
@@ -46,7 +55,9 @@ def questions(
         read = read_corpus(
             corpus, strict=strict, follow_links=follow_links, on_progress=on_progress
         )
-        sources = written_by or [RULES]
+        sources: list[str | QuestionWriter] = [*(written_by or ([] if llm else [RULES]))]
+        if llm:
+            sources.append(_written_by(llm))
         backbone = load_backbone(base_model or SMOLLM2) if BASE_MODEL in sources else None
         written = write_questions(sources, read.documents, backbone, on_progress=on_progress)
     display.show_skipped(console, read)
@@ -61,6 +72,14 @@ def questions(
         display.stdout().print(_table(shown))
     number = f"{len(written):,} questions from {len(read.documents):,} documents"
     console.print(number if out is None else f"{number}, written to {out}", markup=False)
+
+
+def _written_by(name: str) -> QuestionWriter:
+    from mlpmem_eval.named_llm import load_llm
+    from mlpmem_rag.language_writer import LanguageModelWriter
+
+    llm = load_llm(name)
+    return LanguageModelWriter(lambda prompts: [llm.complete(prompt).text for prompt in prompts])
 
 
 def _table(shown: list[Question]) -> Table:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from mlpmem_cli.app import main
-from mlpmem_rag.questions import load_questions
+from mlpmem_rag.corpus import read_corpus
+from mlpmem_rag.questions import Question, load_questions
+from mlpmem_rag.writers import OwnQuestions
 
 TEXT = "Marie Curie discovered radium in Paris. The museum contains 60 rooms."
 
@@ -70,3 +72,46 @@ def test_a_missing_corpus_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("error: ")
     assert "nowhere" in err[-1]
+
+
+LLM = """
+from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
+
+class Writer(CustomLLM):
+    answer: str
+
+    @property
+    def metadata(self):
+        return LLMMetadata()
+
+    def complete(self, prompt, formatted=False, **kwargs):
+        if prompt.endswith("Question: Who"):
+            return CompletionResponse(text=" was first to find radium?")
+        return CompletionResponse(text=self.answer if prompt.endswith("Answer:") else " nothing")
+
+    def stream_complete(self, prompt, formatted=False, **kwargs):
+        raise NotImplementedError
+"""
+
+
+@pytest.mark.parametrize("beside", [[], ["--questions", "rules"]], ids=["alone", "beside rules"])
+def test_a_llama_index_llm_writes_what_training_takes(
+    corpus: Path, tmp_path: Path, beside: list[str]
+) -> None:
+    (tmp_path / "writer.py").write_text(LLM)
+    name = f"{tmp_path / 'writer.py'}:Writer?answer=Marie Curie"
+    assert run(corpus, *beside, "--llm", name, "--out", tmp_path / "q.jsonl") == 0
+    written = load_questions(tmp_path / "q.jsonl")
+    source = "Marie Curie discovered radium in Paris."
+    assert written[-1] == Question(
+        "Who was first to find radium?", "Marie Curie", source, "curie.txt"
+    )
+    assert len(written) == 1 if not beside else len(written) > 4
+    assert [*OwnQuestions(tmp_path / "q.jsonl").write(read_corpus(corpus).documents)] == written
+
+
+def test_an_llm_that_is_not_there_is_one_line(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(corpus, "--llm", "nowhere:Writer") == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: LLM 'nowhere:")
