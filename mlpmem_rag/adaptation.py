@@ -32,20 +32,25 @@ if TYPE_CHECKING:
 
 Numbers = npt.NDArray[np.int64]
 
-STEPS = 120
-"""At most; what an epoch of the questions takes, where that is less."""
+FEWEST_STEPS, MOST_STEPS = 60, 120
+"""A quarter of an epoch of the questions, between these; all of a shorter epoch."""
 SENTENCES = 16
 """Of a step; those of one document are what is hard to tell apart."""
 DOCUMENTS = 4
 ANSWERS = 2
 """Of each sentence that are asked for in a step, in so many wordings each."""
-LEARNING_RATE = 5e-5
+LEARNING_RATE = 1e-4
 WAY = 0.5
 """From the first weights to the trained ones. All the way, it forgets what it knew of topics: with
 the documents around it, it finds the sentence, and without them another document's (arXiv
 2109.01903; docs/experiments.md)."""
 WARMUP = 20
 TEMPERATURE = 0.05
+FROZEN = 0.5
+"""Share of its layers, from below, that stay as they are; words stand for there what they stood for
+(docs/experiments.md)."""
+GROUP = 16
+"""Texts of like length that run at once; a sentence is several times as long as a question."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def adapt(
     seed: int,
     on_progress: OnProgress = ignore_progress,
 ) -> None:
-    """Train a sentence encoder in place; its embeddings of tokens and places stay as they are.
+    """Train the upper layers of a sentence encoder in place, without dropout.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -110,33 +115,53 @@ def adapt(
     catalogue = _Catalogue.of(questions)
     steps = num_steps(len(questions))
     rng = np.random.default_rng(seed)
-    for embedding in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
-        embedding.requires_grad_(False)
+    freeze(model)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
     device = torch.device(model.device)
-    devices = [device] if device.type == "cuda" else []
-    model.train()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for step in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                loss = contrast(model, catalogue.lesson(rng))
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the query encoder's loss became {loss.item()} at step {step}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for group in optimizer.param_groups:
-                rising, falling = (step + 1) / WARMUP, (steps - step) / steps
-                group["lr"] = LEARNING_RATE * min(1.0, rising) * falling
-            optimizer.step()
-            on_progress(ProgressEvent("encoder", step + 1, steps, "steps"))
     model.eval()
+    for step in range(steps):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            loss = contrast(model, catalogue.lesson(rng))
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"the query encoder's loss became {loss.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            rising, falling = (step + 1) / WARMUP, (steps - step) / steps
+            group["lr"] = LEARNING_RATE * min(1.0, rising) * falling
+        optimizer.step()
+        on_progress(ProgressEvent("encoder", step + 1, steps, "steps"))
+
+
+def freeze(model: SentenceTransformer) -> None:
+    """Leave embeddings and lower layers as they are, so that nothing runs back through them.
+
+    Where the layers are not found, only embeddings stay.
+    """
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
+    first = next((n for n, name in enumerate(names) if name.startswith(_upper(model))), 0)
+    for name in names[:first]:
+        parameters[name].requires_grad_(False)
+    for embedding in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
+        embedding.requires_grad_(False)
+
+
+def _upper(model: SentenceTransformer) -> str:
+    """Where the names of the parameters that are learned begin; empty: with the first."""
+    depth = getattr(getattr(model[0], "model", None), "config", None)
+    layers = int(getattr(depth, "num_hidden_layers", 0) or 0)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layers:
+            return f"{name}.{round(FROZEN * layers)}."
+    return ""
 
 
 def num_steps(questions: int) -> int:
-    """An epoch of so many questions, `STEPS` at most."""
-    return min(STEPS, math.ceil(questions / (SENTENCES * ANSWERS**2)))
+    """Of so many questions; see `FEWEST_STEPS`."""
+    epoch = math.ceil(questions / (SENTENCES * ANSWERS**2))
+    return min(epoch, max(FEWEST_STEPS, min(epoch // 4, MOST_STEPS)))
 
 
 def contrast(model: SentenceTransformer, lesson: Lesson) -> Tensor:
@@ -145,7 +170,8 @@ def contrast(model: SentenceTransformer, lesson: Lesson) -> Tensor:
     Cross-entropy over the sentences of the lesson, and over its other questions (the mean over
     all of the same answer, as in supervised contrastive learning, arXiv 2004.11362). *Shape:* ().
     """
-    questions, sentences = (_vectors(model, t) for t in (lesson.questions, lesson.sentences))
+    vectors = _vectors(model, [*lesson.questions, *lesson.sentences])
+    questions, sentences = vectors.split([len(lesson.questions), len(lesson.sentences)])
     sources = torch.tensor(lesson.sources, device=questions.device)
     answers = torch.tensor(lesson.answers, device=questions.device)
     found = F.cross_entropy(questions @ sentences.T / TEMPERATURE, sources)
@@ -162,7 +188,14 @@ def contrast(model: SentenceTransformer, lesson: Lesson) -> Tensor:
 
 
 def _vectors(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
-    """Of length 1, with a gradient. *Shape:* -> (N, Q)."""
+    """Of length 1, with a gradient; texts of like length run together. *Shape:* -> (N, Q)."""
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
+    vectors = torch.cat([_run(model, [texts[number] for number in group]) for group in groups])
+    return vectors[torch.tensor(order, device=vectors.device).argsort()]
+
+
+def _run(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
     tokens: Any = model.preprocess(list(texts))
     features = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in tokens.items()}
     vectors: Tensor = model(features)["sentence_embedding"]

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,6 +150,7 @@ def test_a_trained_encoder_finds_more(
     encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaptation, "LEARNING_RATE", 1e-2)  # from nothing, in seconds
+    monkeypatch.setattr(adaptation, "FROZEN", 0.0)
     questions = written(12, wordings=200)
     asked, learned = questions[3::4], [q for n, q in enumerate(questions) if n % 4 != 3]
     trained = SentenceEncoder("trained", copy.deepcopy(encoder.model))
@@ -165,6 +167,51 @@ def test_a_trained_encoder_finds_more(
 
     assert found(encoder) < 0.3
     assert found(trained) > 0.9
+
+
+def test_texts_run_together_by_length_as_each_does_alone(encoder: SentenceEncoder) -> None:
+    model = copy.deepcopy(encoder.model).eval()
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, size)) for size in rng.integers(1, 30, 70)]
+    push = torch.randn(len(texts), 32, generator=torch.Generator().manual_seed(2))
+    learned = [p for n, p in model.named_parameters() if "pooler" not in n]
+    together = adaptation._vectors(model, texts)
+    found = torch.autograd.grad((together * push).sum(), learned)
+    alone = torch.cat([adaptation._run(model, [text]) for text in texts])
+    expected = torch.autograd.grad((alone * push).sum(), learned)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+def test_embeddings_and_lower_layers_stay_as_they_are(encoder: SentenceEncoder) -> None:
+    model = copy.deepcopy(encoder.model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapt(model, written(12), seed=0)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    below = ("embeddings", "layer.0.")
+    expected = {n for n in before if not any(part in n for part in (*below, "pooler"))}
+    assert changed == expected
+
+
+def test_of_an_encoder_without_layers_to_tell_apart_all_but_embeddings_are_learned(
+    encoder: SentenceEncoder,
+) -> None:
+    model = copy.deepcopy(encoder.model)
+    body: Any = model[0]
+    body.model.config.num_hidden_layers = 7  # of none of its lists
+    adaptation.freeze(model)
+    left = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert left == {n for n in left if "_embeddings." in n}
+    assert len(left) == 3
+
+
+@pytest.mark.parametrize(
+    ("questions", "steps"),
+    [(1, 1), (640, 10), (3_840, 60), (9_000, 60), (19_200, 75), (65_536, 120)],
+)
+def test_a_quarter_of_an_epoch_is_enough_for_many_questions(questions: int, steps: int) -> None:
+    assert adaptation.num_steps(questions) == steps
 
 
 def test_half_of_the_way_is_written_and_the_first_one_stays(
