@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import QUERY_BATCH, exact_rows
 from mlpmem_rag.recall import DRAFT_TOKENS, MAX_QUESTIONS
+from mlpmem_rag.rules import PIECE, num_processes
 from mlpmem_rag.schedule import long_enough
 from mlpmem_rag.split import MAX_HELD_OUT_ROWS, MAX_STUDY_HELD_OUT_ROWS
 from mlpmem_rag.targets import MAX_TOKENS
@@ -43,6 +45,12 @@ WINDOW_BYTES = 256
 """Of a window beside its token ids."""
 QUESTION_BYTES = 1200
 """Of a written question, its answer and its source, twice: as written and as read again."""
+PARSER_BYTES = 300 * 2**20
+"""Of each further process that writes questions."""
+CHARACTERS = 4
+"""Of a token, about."""
+WRITING_SECONDS = 5e-4
+"""Of a token, in one process."""
 PROMPT_BYTES = 700
 """Of a question's prompt and answer in token ids, while the base model runs over them."""
 CONTEXT_BYTES = 8
@@ -170,7 +178,8 @@ def make_plan(
         "neighbors": search_memory(rows, width, k, exact=exact) + 8 * rows,
         "targets": DISTANCE_BYTES * rows,
         "scores": max(w.num_rows for w in windows) * backbone.reference.vocab_size * SCORED_BYTES,
-        "questions": QUESTION_BYTES * written,
+        "questions": QUESTION_BYTES * written
+        + (PARSER_BYTES * (_writing_processes(rows) - 1) if studies else 0),
         **learning_memory(rows, taught, query_size, parameters),
     }
     if encoder_parameters:
@@ -257,6 +266,10 @@ def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
     return QUERY_BATCH * k * 64 + STORED_BLOCK * width * 8
 
 
+def _writing_processes(rows: int) -> int:
+    return num_processes(math.ceil(CHARACTERS * rows / PIECE))
+
+
 def _existing(path: Path) -> Path:
     path = path.resolve()
     while not path.exists():
@@ -281,6 +294,7 @@ def _project(
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if taught:
         questions = {
+            "questions": rows * WRITING_SECONDS / _writing_processes(rows),
             "encoder": STEP_TOKENS * num_steps(taught) * forward,
             "study": QUESTION_TOKENS * taught * forward,
         }

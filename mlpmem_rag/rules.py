@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_rag.candidates import NOT_IN_FRONT, candidates, list_members
@@ -48,6 +51,9 @@ MAX_OTHERS, MAX_MODIFIERS = 3, 4  # of a list, in a question for another of its 
 MAX_KEY_VALUE_LINE = 160
 MAX_PARAGRAPH = 20_000
 """Characters; the parser refuses a million, and what it needs of memory grows with them."""
+PIECE = 500_000
+"""Characters that are worth a process of their own: the better part of a minute."""
+MOST_PROCESSES = 8
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*\S)\s*#*")
 ATTRIBUTE = re.compile(r"The ((?:[\w-]+ ){1,4}of .{1,60}?) (is|are|was|were) ([^,;]{1,80}?)\.?")
 ABBREVIATION = re.compile(r" \(([A-Z][A-Za-z]?[A-Z]+)s?\)")
@@ -76,26 +82,97 @@ class RuleWriter:
     def write(
         self, documents: Sequence[Document], *, on_progress: OnProgress = ignore_progress
     ) -> Iterator[Question]:
-        """Yield questions, document by document, none twice."""
-        blocks = [
-            (text, number)
-            for number, document in enumerate(documents)
-            for text in paragraphs(document)
-        ]
+        """Yield questions, document by document, none twice; many documents in several processes.
+
+        The questions, and their order, do not depend on the number of processes.
+        """
         seen: set[tuple[str, str]] = set()
+        for number, written in enumerate(self._by_document(documents), 1):
+            for question in written:
+                name = question.text.lower(), question.answer.lower()
+                if name not in seen:
+                    seen.add(name)
+                    yield question
+            on_progress(ProgressEvent("questions", number, len(documents), "documents"))
+
+    def _by_document(self, documents: Sequence[Document]) -> Iterator[list[Question]]:
+        words = Words.of(documents)
+        pieces = list(_pieces(documents))
+        if (processes := num_processes(len(pieces))) < 2:
+            return chain.from_iterable(
+                questions_by_document(self._parser, piece, words) for piece in pieces
+            )
+        from joblib import Parallel, delayed
+
+        job = delayed(_in_a_process)
+        run = Parallel(n_jobs=processes, return_as="generator")
+        return chain.from_iterable(run(job(piece, words) for piece in pieces))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What all documents together tell about words.
+
+    Attributes:
+        common: written in small letters somewhere.
+        things: titles of documents that are about a thing, in small letters.
+    """
+
+    common: frozenset[str]
+    things: frozenset[str]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> Words:
+        """Of these documents."""
         words = (word for document in documents for word in re.findall(r"\w+", document.text))
-        common = frozenset(word for word in words if word.islower())
         titles = ((without_brackets(d.title or "").lower(), d.text) for d in documents)
-        things = frozenset(title for title, text in titles if title and is_about_thing(text))
-        mentions = [Mentions(d.title or "", d.text, common, things) for d in documents]
-        for parsed, number in self._parser.pipe(blocks, as_tuples=True):
-            document = documents[number]
-            for sentence in parsed.sents:
-                for text, answer in sentence_questions(sentence, mentions[number]):
-                    if (text.lower(), answer.lower()) not in seen:
-                        seen.add((text.lower(), answer.lower()))
-                        yield Question(text, answer, sentence.text.strip(), document.id)
-            on_progress(ProgressEvent("questions", number + 1, len(documents), "documents"))
+        return cls(
+            frozenset(word for word in words if word.islower()),
+            frozenset(title for title, text in titles if title and is_about_thing(text)),
+        )
+
+
+def questions_by_document(
+    parser: Any,  # noqa: ANN401  spaCy is optional
+    documents: Sequence[Document],
+    words: Words,
+) -> Iterator[list[Question]]:
+    """The questions of each document, some of them twice."""
+    blocks = [
+        (text, number) for number, document in enumerate(documents) for text in paragraphs(document)
+    ]
+    mentions = [Mentions(d.title or "", d.text, words.common, words.things) for d in documents]
+    parsed = groupby(parser.pipe(blocks, as_tuples=True), key=itemgetter(1))
+    told = 0
+    for number, texts in parsed:
+        yield from ([] for _ in range(told, number))  # without any text
+        yield [
+            Question(text, answer, sentence.text.strip(), documents[number].id)
+            for block, _ in texts
+            for sentence in block.sents
+            for text, answer in sentence_questions(sentence, mentions[number])
+        ]
+        told = number + 1
+    yield from ([] for _ in range(told, len(documents)))
+
+
+def num_processes(pieces: int) -> int:
+    """Of so many pieces of a corpus, see `PIECE`."""
+    from joblib import cpu_count
+
+    return min(pieces, MOST_PROCESSES, int(cpu_count()))
+
+
+def _pieces(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents in a row, those that begin in the same `PIECE` of the corpus."""
+    before = accumulate((len(document.text) for document in documents), initial=0)
+    places = zip(documents, before, strict=False)
+    for _, piece in groupby(places, key=lambda place: place[1] // PIECE):
+        yield [document for document, _ in piece]
+
+
+def _in_a_process(documents: Sequence[Document], words: Words) -> list[list[Question]]:
+    return list(questions_by_document(load_parser(), documents, words))
 
 
 def load_parser() -> Any:  # noqa: ANN401  spaCy is optional

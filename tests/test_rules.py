@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_rag import rules
 from mlpmem_rag.corpus import Document, read_corpus
 from mlpmem_rag.errors import MissingDependencyError
 from mlpmem_rag.progress import ProgressEvent
@@ -249,6 +250,29 @@ def test_the_same_documents_give_the_same_questions(
     assert list(writer.write(list(STARS.values()))) == sample
 
 
+def test_many_documents_in_several_processes_give_the_same_questions(
+    writer: RuleWriter, sample: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [document(""), *STARS.values(), document("")]
+    monkeypatch.setattr(rules, "PIECE", sum(len(d.text) for d in documents) // 3)
+    assert len(list(rules._pieces(documents))) > 2
+    found = {}
+    for processes in (1, 2):
+        monkeypatch.setattr(rules, "num_processes", lambda _, count=processes: count)
+        events: list[ProgressEvent] = []
+        found[processes] = list(writer.write(documents, on_progress=events.append))
+        assert [event.done for event in events] == [*range(1, len(documents) + 1)]
+    assert found[1] == found[2]
+    assert {q.text for q in found[1]} == {q.text for q in sample}
+
+
+def test_a_small_corpus_is_left_to_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(list(rules._pieces([*STARS.values()]))) == 1
+    assert rules.num_processes(1) == 1
+    monkeypatch.setattr("joblib.cpu_count", lambda: 64)
+    assert [rules.num_processes(n) for n in (1, 3, 99)] == [1, 3, rules.MOST_PROCESSES]
+
+
 def test_questions_name_their_document(writer: RuleWriter) -> None:
     documents = [
         Document(name, f"{who} discovered radium in Paris.", None, name)
@@ -263,7 +287,7 @@ def test_paragraphs_end_at_headings_blank_lines_and_full_stops() -> None:
     assert list(paragraphs(document(text))) == [
         "She wrote letters.",
         "Many.",
-        "The born of Facts is 1815.",
+        "Facts was born in 1815.",
         "and so on",
     ]
 
