@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
@@ -45,6 +46,24 @@ def best_answering(told: Sequence[str], question: str, answer: str) -> int | Non
     asked = words_of(question)
     holding = [number for number, sentence in enumerate(told) if holds(sentence, answer)]
     return max(holding, key=lambda number: len(asked & words_of(told[number])), default=None)
+
+
+class SentenceIndex:
+    """Many sentences by their words, so that few are looked at for each of many answers."""
+
+    def __init__(self, told: Sequence[str]) -> None:
+        self._told = told
+        self._places: dict[str, array[int]] = {}
+        for number, sentence in enumerate(told):
+            for word in words_of(sentence):
+                self._places.setdefault(word, array("I")).append(number)
+
+    def best_answering(self, question: str, answer: str) -> int | None:
+        """See `best_answering`."""
+        holding = [self._places.get(word, array("I")) for word in words_of(answer)]
+        numbers = min(holding, key=len, default=range(len(self._told)))  # an answer of signs alone
+        best = best_answering([self._told[number] for number in numbers], question, answer)
+        return None if best is None else numbers[best]
 
 
 def holds(sentence: str, answer: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError, CorpusError
 from mlpmem_rag.language_writer import LanguageModelWriter, base_model_completer
-from mlpmem_rag.passages import best_answering, sentences
+from mlpmem_rag.passages import SentenceIndex, sentences
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.questions import BASE_MODEL, RULES, WRITERS, Question, QuestionWriter
 from mlpmem_rag.recall import MAX_QUESTIONS, varied
@@ -128,14 +128,14 @@ class OwnQuestions:
             ConfigError: a line that is no question, by its number.
         """
         told = {d.id: [(sentence, d.id) for sentence in sentences(d.text)] for d in documents}
-        everywhere = list(chain.from_iterable(told.values()))
+        everywhere = _Told.of(chain.from_iterable(told.values()))
         for question, ids in self.parsed():
             named = [id_ for id_ in ids if id_ in told]
             if question.source and named:
                 yield question
             else:
                 there = list(chain.from_iterable(told[id_] for id_ in named))
-                yield _sourced(question, there or everywhere, named)
+                yield _sourced(question, _Told.of(there) if there else everywhere, named)
 
     def parsed(self) -> list[tuple[Question, list[str]]]:
         """All questions, with the documents that they name.
@@ -174,13 +174,27 @@ class OwnQuestions:
         return question, ids
 
 
-def _sourced(question: Question, told: Sequence[tuple[str, str]], named: Sequence[str]) -> Question:
+@dataclass(frozen=True)
+class _Told:
+    """Sentences, the document of each, and where their words are."""
+
+    sentences: list[str]
+    documents: list[str]
+    index: SentenceIndex
+
+    @classmethod
+    def of(cls, told: Iterable[tuple[str, str]]) -> _Told:
+        pairs = list(told)
+        texts = [sentence for sentence, _ in pairs]
+        return cls(texts, [document for _, document in pairs], SentenceIndex(texts))
+
+
+def _sourced(question: Question, told: _Told, named: Sequence[str]) -> Question:
     """With the sentence that answers it best and its document.
 
     Where none has the answer, the question itself is in its place, of the document that was named.
     """
-    best = best_answering([sentence for sentence, _ in told], question.text, question.answer)
+    best = told.index.best_answering(question.text, question.answer)
     if best is None:
         return replace(question, source=question.text, document="".join(named[:1]))
-    source, document = told[best]
-    return replace(question, source=source, document=document)
+    return replace(question, source=told.sentences[best], document=told.documents[best])

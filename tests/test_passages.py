@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mlpmem_rag.corpus import Document
-from mlpmem_rag.passages import answering_sentence, passages, sentences
+from mlpmem_rag.passages import (
+    SentenceIndex,
+    answering_sentence,
+    best_answering,
+    passages,
+    sentences,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,3 +79,19 @@ def test_the_sentence_that_answers(question: str, answer: str, expected: str | N
 
 def test_the_first_of_two_sentences_that_answer_alike() -> None:
     assert answering_sentence("A lamp fell. A lamp rose.", "What?", "lamp") == "A lamp fell."
+
+
+def test_an_index_finds_what_looking_at_all_sentences_finds() -> None:
+    rng = np.random.default_rng(0)
+    words = ["Ines", "maro", "MARO's", "1858", "3-4", "°", "%", "the", "mill", "re-read", "in"]
+    told = [" ".join(rng.choice(words, rng.integers(1, 6))) for _ in range(60)]
+    index = SentenceIndex(told)
+    found = []
+    for _ in range(300):
+        question, answer = (" ".join(rng.choice(words, size)) for size in (4, rng.integers(1, 4)))
+        expected = best_answering(told, question, answer)
+        assert index.best_answering(question, answer) == expected
+        found.append(expected)
+    assert None in found
+    assert len(set(found)) > 20
+    assert index.best_answering("Who?", "nobody") is None
