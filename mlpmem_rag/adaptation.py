@@ -86,7 +86,7 @@ def write_adapted(
         questions: written from the corpus.
         numbers: which of them may be learned.
         folder: where to write it, for `load_encoder`.
-        seed: of the choice of questions, and of dropout.
+        seed: of the choice of questions.
         on_progress: called at every step.
 
     Raises:
@@ -171,7 +171,8 @@ def contrast(model: SentenceTransformer, lesson: Lesson) -> Tensor:
     all of the same answer, as in supervised contrastive learning, arXiv 2004.11362). *Shape:* ().
     """
     vectors = _vectors(model, [*lesson.questions, *lesson.sentences])
-    questions, sentences = vectors.split([len(lesson.questions), len(lesson.sentences)])
+    count = len(lesson.questions)
+    questions, sentences = vectors[:count], vectors[count:]
     sources = torch.tensor(lesson.sources, device=questions.device)
     answers = torch.tensor(lesson.answers, device=questions.device)
     found = F.cross_entropy(questions @ sentences.T / TEMPERATURE, sources)

@@ -20,6 +20,10 @@ class Marks:
     before: str
     after: str
 
+    def ends(self, text: str) -> bool:
+        """Whether a text ends where the answer to the last message begins."""
+        return text.rstrip().endswith(self.after.rstrip())
+
     def question(self, text: str) -> str | None:
         """The last message that is followed by the beginning of an answer; None: there is none."""
         end = text.rfind(self.after)

@@ -241,8 +241,9 @@ class MemoryModel:
             text: what the model reads.
             decoding: how.
             asked: the question that the text asks, which the memory answers as in `reply`; None:
-                the last user message, where the text is a prompt of this base model's form, else
-                nothing is asked, and the memory is told the text.
+                the last user message, where the text is a prompt of this base model's form that
+                ends where the answer begins; else nothing is asked, and the memory is told the
+                text.
             strip: leave out white space at both ends of what is generated.
 
         Raises:
@@ -250,7 +251,7 @@ class MemoryModel:
         """
         check_asked([{"role": "user", "content": text}])
         if asked is None and (marks := question_marks(self.tokenizer)):
-            asked = marks.question(text)
+            asked = marks.question(text) if marks.ends(text) else None
         return self._start(
             lambda: Prompt(text_ids(self.tokenizer, text)),
             text if asked is None else asked,

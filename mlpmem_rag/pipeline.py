@@ -38,6 +38,7 @@ from mlpmem_rag.processes import Team, join_team
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.provenance import note_documents
 from mlpmem_rag.query import NONE, QueryEncoder, load_encoder, num_parameters
+from mlpmem_rag.questions import RULES
 from mlpmem_rag.report import TrainReport, model_card
 from mlpmem_rag.schedule import in_two_parts
 from mlpmem_rag.split import (
@@ -135,6 +136,7 @@ def train(
             work,
             on_progress,
             keys_in_memory=plan.keys_in_memory,
+            writing_processes=plan.writing_processes,
             team=team,
         )
         return _train(stages, prepared, config, out, work, run, team)
@@ -205,6 +207,7 @@ def _plan(
         distill=optimisation(config),
         query_size=encoder.size if encoder else 0,
         studies=config.recipe != "paper",
+        by_rules=config.recipe != "paper" and RULES in config.questions,
         encoder_parameters=num_parameters(encoder),
         max_memory=max_memory,
     )

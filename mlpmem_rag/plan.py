@@ -46,10 +46,10 @@ WINDOW_BYTES = 256
 QUESTION_BYTES = 1200
 """Of a written question, its answer and its source, twice: as written and as read again."""
 PARSER_BYTES = 300 * 2**20
-"""Of each further process that writes questions."""
-CHARACTERS = 4
+"""Of each process that writes questions beside others."""
+CHARACTERS = 5
 """Of a token, about."""
-WRITING_SECONDS = 5e-4
+WRITING_SECONDS = 6e-4
 """Of a token, in one process."""
 PROMPT_BYTES = 700
 """Of a question's prompt and answer in token ids, while the base model runs over them."""
@@ -91,6 +91,7 @@ class Plan:
         disk_bytes: largest size of the output folder during the run.
         memory_bytes: largest amount of main memory.
         keys_in_memory: whether the neighbour search holds all keys there.
+        writing_processes: that write questions by rules.
         free_disk_bytes: what the output's disk has free.
         seconds: projected time of each stage.
         max_memory: bytes of main memory that it may take; None: as many as there are.
@@ -105,6 +106,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     keys_in_memory: bool
+    writing_processes: int
     free_disk_bytes: int
     seconds: dict[str, float]
     max_memory: int | None = None
@@ -140,6 +142,7 @@ def make_plan(
     distill: DistillConfig,
     query_size: int = 0,
     studies: bool = False,
+    by_rules: bool = False,
     encoder_parameters: int = 0,
     max_memory: int | None = None,
 ) -> Plan:
@@ -155,6 +158,7 @@ def make_plan(
         distill: how it is trained.
         query_size: Q, width of the query vectors; 0: there are none.
         studies: whether questions are learned as well; how many there will be is an estimate.
+        by_rules: whether rules write them.
         encoder_parameters: of a query encoder that reads the corpus first.
         max_memory: bytes of main memory; where these are few, the neighbour search reads keys from
             the disk rather than hold them.
@@ -178,16 +182,16 @@ def make_plan(
         "neighbors": search_memory(rows, width, k, exact=exact) + 8 * rows,
         "targets": DISTANCE_BYTES * rows,
         "scores": max(w.num_rows for w in windows) * backbone.reference.vocab_size * SCORED_BYTES,
-        "questions": QUESTION_BYTES * written
-        + (PARSER_BYTES * (_writing_processes(rows) - 1) if studies else 0),
+        "questions": QUESTION_BYTES * written,
         **learning_memory(rows, taught, query_size, parameters),
     }
     if encoder_parameters:
         stages["encoder"] = ADAPTED_STATES * encoder_parameters * 4
-    encoder_bytes = 4 * encoder_parameters
-    needed = (
-        RUNTIME_BYTES + base_bytes + encoder_bytes + text_memory(windows) + max(stages.values())
-    )
+    constant = RUNTIME_BYTES + base_bytes + 4 * encoder_parameters + text_memory(windows)
+    room = math.inf if max_memory is None else max_memory - constant - stages["questions"]
+    processes = _writing_processes(rows, room) if by_rules else 1
+    stages["questions"] += PARSER_BYTES * processes if processes > 1 else 0
+    needed = constant + max(stages.values())
     held = 4 * width * searched if exact and backbone.device.type == "cpu" else 0
     in_memory = max_memory is None or needed + held <= max_memory
     return Plan(
@@ -211,8 +215,19 @@ def make_plan(
         ),
         memory_bytes=needed + (held if in_memory else 0),
         keys_in_memory=in_memory,
+        writing_processes=processes,
         free_disk_bytes=shutil.disk_usage(_existing(out)).free,
-        seconds=_project(backbone, memory, rows, searched, taught, computed, held_out, distill),
+        seconds=_project(
+            backbone,
+            memory,
+            rows,
+            searched,
+            taught,
+            computed,
+            held_out,
+            distill,
+            writing=rows * WRITING_SECONDS / processes if by_rules else 0.0,
+        ),
         max_memory=max_memory,
     )
 
@@ -266,8 +281,10 @@ def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
     return QUERY_BATCH * k * 64 + STORED_BLOCK * width * 8
 
 
-def _writing_processes(rows: int) -> int:
-    return num_processes(math.ceil(CHARACTERS * rows / PIECE))
+def _writing_processes(rows: int, room: float) -> int:
+    """As many as suit the corpus and have room in so many bytes, one at least."""
+    processes = num_processes(math.ceil(CHARACTERS * rows / PIECE))
+    return max(1, min(processes, int(min(room / PARSER_BYTES, processes))))
 
 
 def _existing(path: Path) -> Path:
@@ -286,6 +303,8 @@ def _project(
     computed: int,
     held_out: float,
     distill: DistillConfig,
+    *,
+    writing: float,
 ) -> dict[str, float]:
     forward = _forward_seconds(backbone) / BATCH_TOKENS
     step = _step_seconds(memory, backbone.device, distill)
@@ -294,7 +313,7 @@ def _project(
     epochs_rows = distill.epochs * rows * ((1 - 2 * held_out) + (1 if held_out else 0))
     if taught:
         questions = {
-            "questions": rows * WRITING_SECONDS / _writing_processes(rows),
+            **({"questions": writing} if writing else {}),
             "encoder": STEP_TOKENS * num_steps(taught) * forward,
             "study": QUESTION_TOKENS * taught * forward,
         }

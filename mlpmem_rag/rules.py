@@ -54,6 +54,8 @@ MAX_PARAGRAPH = 20_000
 PIECE = 500_000
 """Characters that are worth a process of their own: the better part of a minute."""
 MOST_PROCESSES = 8
+IDLE_SECONDS = 5
+"""After which they end."""
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*\S)\s*#*")
 ATTRIBUTE = re.compile(r"The ((?:[\w-]+ ){1,4}of .{1,60}?) (is|are|was|were) ([^,;]{1,80}?)\.?")
 ABBREVIATION = re.compile(r" \(([A-Z][A-Za-z]?[A-Z]+)s?\)")
@@ -72,12 +74,16 @@ DROPPED = ("in", "at", "on", "for", "during", "since", "from", "to", "near", "be
 class RuleWriter:
     """Writes questions with rules.
 
+    Args:
+        most_processes: that may write at once; None: as many as `num_processes` says.
+
     Raises:
         MissingDependencyError: spaCy or its English model is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_processes: int | None = None) -> None:
         self._parser = load_parser()
+        self._most_processes = most_processes
 
     def write(
         self, documents: Sequence[Document], *, on_progress: OnProgress = ignore_progress
@@ -98,14 +104,21 @@ class RuleWriter:
     def _by_document(self, documents: Sequence[Document]) -> Iterator[list[Question]]:
         words = Words.of(documents)
         pieces = list(_pieces(documents))
-        if (processes := num_processes(len(pieces))) < 2:
+        processes = min(num_processes(len(pieces)), self._most_processes or len(pieces))
+        if processes < 2:
             return chain.from_iterable(
                 questions_by_document(self._parser, piece, words) for piece in pieces
             )
         from joblib import Parallel, delayed
 
         job = delayed(_in_a_process)
-        run = Parallel(n_jobs=processes, return_as="generator")
+        run = Parallel(
+            n_jobs=processes,
+            backend="loky",
+            return_as="generator",
+            max_nbytes=None,
+            idle_worker_timeout=IDLE_SECONDS,
+        )
         return chain.from_iterable(run(job(piece, words) for piece in pieces))
 
 
@@ -215,14 +228,15 @@ def paragraphs(document: Document) -> Iterator[str]:
         if title := HEADING.fullmatch(line):
             yield from close()
             heading = title.group(1)
-        elif table := table_at(lines, number - 1):
-            yield from close()
-            yield from told(table, heading or topic)
-            number += table.lines - 1
         elif pair and not line.rstrip().endswith("."):
             yield from close()
             if pair.group(2) != topic:
-                yield attribute(pair.group(1), topic, pair.group(2))
+                yield attribute(pair.group(1), topic, " ".join(pair.group(2).split()))
+        elif table := table_at(lines, number - 1):
+            yield from close()
+            for text in told(table, heading or topic):
+                yield from _cut(text)
+            number += table.lines - 1
         elif not line.strip():
             yield from close()
         else:

@@ -9,15 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 COLUMN = re.compile(r"^\s?\S|(?<=\s\s)\S")
 """The beginning of a cell, where two spaces are before each but the first."""
 PIPE = re.compile(r"(?<!\\)\|")
 RULE = re.compile(r":?-+:?")
 LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
-DONE = re.compile(r"(?i:\w+ed|built|born|begun|made)")
-DATE = re.compile(r"(?P<day>\d{1,2}(?:st|nd|rd|th)? )?(?:[A-Z][a-z]+ )?(?P<us>\d{1,2}, )?\d{4}")
+DONE = re.compile(
+    r"(?i:founded|established|formed|incorporated|opened|closed|dissolved|abolished|built|constructed"
+    r"|completed|created|designed|invented|introduced|launched|released|published|issued|signed"
+    r"|adopted|born|made|started|ended)"
+)
+DATE = re.compile(
+    r"(?P<day>\d{1,2}(?:st|nd|rd|th)? )?(?:[A-Z][a-z]+ )?(?P<us>\d{1,2}, )?(?:1\d{3}|20\d\d)"
+)
+LISTED = re.compile(r"[-*+•·]|\w{1,3}[.)]")
+"""The mark of a list's item."""
+CODE = ("#", "//", "=", "--", "<-", "->")
+"""What a cell does not begin with, and a comment or an assignment that is lined up does."""
 NOTHING = ("-", "–", "—", "n/a", "none")
 VALUE = ("value", "values", "")
 MAX_CELL = 160
@@ -53,9 +63,9 @@ def told(table: Table, topic: str) -> Iterator[str]:
         for name, cell in zip(names, cells, strict=True):
             if not cell or cell.lower() in NOTHING:
                 continue
-            if len(cell) > MAX_CELL or len(of) > MAX_CELL:
+            if not name or max(len(cell), len(of)) > MAX_CELL or (table.header and not about):
                 yield cell
-            elif name:
+            else:
                 yield attribute(name, of, cell)
 
 
@@ -80,7 +90,8 @@ def _piped(lines: Sequence[str], start: int) -> Table | None:
     if len(header) < 2 or len(rule) != len(header) or not all(map(RULE.fullmatch, rule)):
         return None
     rows = []
-    for line in islice(lines, start + 2, None):
+    for number in range(start + 2, len(lines)):
+        line = lines[number]
         if "|" not in line:
             break
         cells = _cells(line)[: len(header)]
@@ -90,20 +101,35 @@ def _piped(lines: Sequence[str], start: int) -> Table | None:
 
 def _aligned(lines: Sequence[str], start: int) -> Table | None:
     starts = [match.end() - 1 for match in COLUMN.finditer(lines[start])]
+    if starts and starts[0] > 1 and lines[start + 1 : start + 2]:
+        corner = lines[start + 1][: starts[0]]  # empty above the names of the rows
+        starts = [0, *starts] if corner[:1].strip() else starts
     if len(starts) < 2:
         return None
-    rows = []
-    for line in islice(lines, start, None):
+    rows: list[tuple[str, ...]] = []
+    lined = 0
+    for number in range(start, len(lines)):
+        line = lines[number]
         gaps = [line[place - 2 : place] for place in starts[1:] if place < len(line)]
         if not gaps or any(gap.strip() for gap in gaps):
             break
+        lined += 1
         spans = zip_longest(starts, starts[1:])
-        rows.append(tuple(_plain(line[first:end]) for first, end in spans))
-    if len(rows) < 2:
+        cells = tuple(_plain(line[first:end]) for first, end in spans)
+        if rows and not cells[0]:  # the row above goes on
+            rows[-1] = tuple(
+                " ".join(filter(None, both)) for both in zip(rows[-1], cells, strict=True)
+            )
+        else:
+            rows.append(cells)
+    if len(rows) < 2 or any(LISTED.fullmatch(first) or not first for first, *_ in rows[1:]):
+        return None
+    if any(cell.startswith(CODE) for _, *cells in rows for cell in cells):
         return None
     if len(starts) == 2:  # which has names of its columns as often as not
-        return Table(None, tuple(rows), len(rows))
-    return _table(rows[0], rows[1:], len(rows))
+        named = tuple((name.rstrip(":= "), cell) for name, cell in rows)
+        return Table(None, named, lined)
+    return _table(rows[0], rows[1:], lined)
 
 
 def _table(header: Sequence[str], rows: Sequence[tuple[str, ...]], lines: int) -> Table:

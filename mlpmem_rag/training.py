@@ -138,10 +138,12 @@ class Stages:
         on_progress: OnProgress,
         *,
         keys_in_memory: bool = True,
+        writing_processes: int | None = None,
         team: Team = ALONE,
     ) -> None:
         self._team = team
         self._keys_in_memory = keys_in_memory
+        self._writing_processes = writing_processes
         self._prepared = prepared
         self._encoder = encoder
         self._config = config
@@ -303,6 +305,7 @@ class Stages:
                     self._config.questions,
                     documents,
                     self._prepared.backbone,
+                    most_processes=self._writing_processes,
                     on_progress=self._on_progress,
                 )
                 save_questions(written, path)

@@ -23,6 +23,7 @@ def write_questions(
     documents: Sequence[Document],
     backbone: Backbone | None,
     *,
+    most_processes: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> list[Question]:
     """Questions of all writers, in the order they are named, none twice, no more than are taught.
@@ -33,6 +34,7 @@ def write_questions(
         sources: `rules`, `base-model`, paths of jsonl files, or any other writer.
         documents: what the questions are about.
         backbone: the base model, where it writes.
+        most_processes: that may write at once; None: what suits the corpus and the machine.
         on_progress: called often.
 
     Raises:
@@ -43,7 +45,7 @@ def write_questions(
     written: dict[tuple[str, str], Question] = {}
     own: set[tuple[str, str]] = set()
     names = [source for source in sources if isinstance(source, str)]
-    writers = [writer_of(s, backbone) if isinstance(s, str) else s for s in sources]
+    writers = [writer_of(s, backbone, most_processes) if isinstance(s, str) else s for s in sources]
     for writer in writers:
         for question in writer.write(documents, on_progress=on_progress):
             name = question.text, question.answer
@@ -62,7 +64,9 @@ def write_questions(
     return [q for name, q in written.items() if name in own or q in kept]
 
 
-def writer_of(source: str, backbone: Backbone | None) -> QuestionWriter:
+def writer_of(
+    source: str, backbone: Backbone | None, most_processes: int | None = None
+) -> QuestionWriter:
     """A writer by name, or the questions in a file.
 
     Raises:
@@ -71,7 +75,7 @@ def writer_of(source: str, backbone: Backbone | None) -> QuestionWriter:
     if source == RULES:
         from mlpmem_rag.rules import RuleWriter
 
-        return RuleWriter()
+        return RuleWriter(most_processes)
     if source == BASE_MODEL and backbone is not None:
         return LanguageModelWriter(base_model_completer(backbone))
     return _own(source)
@@ -128,14 +132,15 @@ class OwnQuestions:
             ConfigError: a line that is no question, by its number.
         """
         told = {d.id: [(sentence, d.id) for sentence in sentences(d.text)] for d in documents}
-        everywhere = _Told.of(chain.from_iterable(told.values()))
+        known: dict[tuple[str, ...], _Told] = {}
         for question, ids in self.parsed():
-            named = [id_ for id_ in ids if id_ in told]
+            named = tuple(id_ for id_ in ids if id_ in told)
             if question.source and named:
                 yield question
-            else:
-                there = list(chain.from_iterable(told[id_] for id_ in named))
-                yield _sourced(question, _Told.of(there) if there else everywhere, named)
+                continue
+            if named not in known:
+                known[named] = _Told.of(chain.from_iterable(told[id_] for id_ in named or told))
+            yield _sourced(question, known[named], named)
 
     def parsed(self) -> list[tuple[Question, list[str]]]:
         """All questions, with the documents that they name.

@@ -27,6 +27,7 @@ from mlpmem_rag.model import attach_memory
 
 CONTEXT = 96
 QUESTION = "What was found in the old mill?"
+TWO = "Question: Who?\nAnswer: Ada.\n\nChapter two"
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Who found the map?"},
@@ -401,9 +402,10 @@ def test_the_question_decides_the_query_vector(memory: MemoryModel) -> None:
     "".join(asked.continue_text("A text.", Decoding(1)))
     "".join(asked.continue_text("A text.", Decoding(1), asked="Its question?"))
     "".join(asked.continue_text("Question: Who?\nAnswer:", Decoding(1)))
+    "".join(asked.continue_text(TWO, Decoding(1)))
     "".join(asked.reply(TALK, Decoding(1), asked="Another?"))
     asked.answer(TALK, max_new_tokens=1, lambda_=0.0)  # the base model needs none
-    assert seen == ["Where? ", "A text.", "Its question?", "Who?", "Another?"]
+    assert seen == ["Where? ", "A text.", "Its question?", "Who?", TWO, "Another?"]
 
 
 def test_two_threads_get_what_each_gets_alone(memory: MemoryModel) -> None:

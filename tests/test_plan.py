@@ -55,6 +55,7 @@ def make(tiny_backbone: Backbone, token_ids: list[list[int]]) -> Make:
         size: str = "base",
         max_memory: int | None = None,
         studies: bool = False,
+        by_rules: bool = False,
     ) -> Plan:
         distill = DistillConfig(epochs=2, batch_rows=32)
         return make_plan(
@@ -67,6 +68,7 @@ def make(tiny_backbone: Backbone, token_ids: list[list[int]]) -> Make:
             distill=distill,
             query_size=6 if studies else 0,
             studies=studies,
+            by_rules=by_rules,
             max_memory=max_memory,
         )
 
@@ -101,6 +103,30 @@ def test_no_more_questions_than_are_taught_are_planned_for(
     assert everything.disk_bytes - some.disk_bytes == vectors + left_out * (
         5 * (2 * 32 + 8) + 22 * 6 + 6 * 64
     )
+
+
+def test_processes_that_write_questions_are_counted_and_kept_within_the_limit(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make(studies=True, by_rules=True)
+    assert one.writing_processes == 1
+    monkeypatch.setattr("mlpmem_rag.plan.PIECE", 5 * one.rows // 6 + 1)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 64)
+    several = make(studies=True, by_rules=True)
+    assert several.writing_processes == 6
+    assert several.seconds["questions"] == pytest.approx(one.seconds["questions"] / 6)
+    added = several.memory_bytes - make(studies=True).memory_bytes
+    assert 5 * 300 * 2**20 < added <= 6 * 300 * 2**20
+    # First the search reads its keys from the disk, then fewer write.
+    tight = make(studies=True, by_rules=True, max_memory=several.memory_bytes - 1)
+    assert (tight.writing_processes, tight.keys_in_memory) == (6, False)
+    tighter = make(studies=True, by_rules=True, max_memory=tight.memory_bytes - 1)
+    assert tighter.writing_processes == 5
+    assert tighter.memory_bytes == several.memory_bytes - 300 * 2**20, "and the keys have room"
+    least = make(studies=True, by_rules=True, max_memory=1)
+    assert least.writing_processes == 1
+    assert least.memory_bytes < one.memory_bytes
+    assert "questions" not in make(studies=True).seconds
 
 
 def test_counts_are_those_of_a_walk_over_the_documents(

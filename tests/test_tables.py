@@ -8,7 +8,7 @@ import pytest
 
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.readers import read_records
-from mlpmem_rag.rules import paragraphs
+from mlpmem_rag.rules import MAX_PARAGRAPH, paragraphs
 from mlpmem_rag.tables import attribute, table_at, told
 
 HARBOURS = """\
@@ -45,9 +45,16 @@ def test_a_pipe_table_is_told_cell_by_cell() -> None:
         "| a |\n|---|\n| b |",
         "One sentence.  Another one.\nIt goes on here, without any column.",
         "only one line   with two columns",
+        "*   The mill was built in 1858.\n*   It burned in 1901.",
+        "1.  First thing.\n2.  Second thing.",
+        "pip install a     # one\npip install b     # two",
+        "x   = 1\nyz  = 2",
         "",
     ],
-    ids=["no rule", "another number", "one column", "prose", "one line", "nothing"],
+    ids=[
+        *("no rule", "another number", "one column", "prose", "one line", "items", "numbers"),
+        *("comments", "assignments", "nothing"),
+    ],
 )
 def test_what_is_no_table(text: str) -> None:
     assert table_at([*text.splitlines(), ""], 0) is None
@@ -80,6 +87,25 @@ def test_two_columns_name_what_they_tell_of_the_topic(text: str) -> None:
     assert facts(text)[0] == "The power is 420 kW."
 
 
+def test_names_of_rows_below_an_empty_corner() -> None:
+    assert facts("              2019    2020\nRevenue       4.1     5.2\nCosts         3.0") == [
+        "The 2019 of Revenue is 4.1.",
+        "The 2020 of Revenue is 5.2.",
+        "The 2019 of Costs is 3.0.",
+    ]
+
+
+def test_a_cell_of_several_lines_is_one() -> None:
+    text = "Harbour   Opened  Notes\nSelde     1887    Dug by hand\n                  and closed"
+    assert facts(text)[1] == "The notes of Selde is Dug by hand and closed."
+
+
+def test_what_is_about_nothing_is_told_as_it_stands() -> None:
+    assert facts("| Harbour | Note |\n|---|---|\n| | All were dug by hand. |") == [
+        "All were dug by hand."
+    ]
+
+
 def test_a_long_cell_is_text_of_its_own() -> None:
     long = "It was dug by hand. " * 9
     assert facts(f"| A | Story |\n|---|---|\n| Selde | {long}|") == [long.strip()]
@@ -92,6 +118,8 @@ def test_a_long_cell_is_text_of_its_own() -> None:
         ("Founded", "March 1887", "Selde was founded in March 1887."),
         ("Built", "May 3, 1887", "Selde was built on May 3, 1887."),
         ("Created", "by hand", "The created of Selde is by hand."),
+        ("Speed", "1500", "The speed of Selde is 1500."),
+        ("Founded", "2400", "The founded of Selde is 2400."),
         ("ISO code", "SE-1.", "The ISO code of Selde is SE-1."),
     ],
 )
@@ -109,6 +137,27 @@ def test_tables_among_the_paragraphs_of_a_document() -> None:
         "The fuel of Engine is oil.",
         "End.",
     ]
+
+
+def test_key_value_lines_that_are_lined_up_are_no_table() -> None:
+    text = "Power:   420 kW\nLength:  9 m\n-   Fuel: oil\n-   Crew: nine"
+    assert list(paragraphs(Document("d", text, "Engine", "d.md"))) == [
+        "The power of Engine is 420 kW.",
+        "The length of Engine is 9 m.",
+        "The fuel of Engine is oil.",
+        "The crew of Engine is nine.",
+    ]
+
+
+def test_a_cell_as_long_as_a_book_is_cut() -> None:
+    text = f"| A | Story |\n|---|---|\n| Selde | {'It was dug. ' * 3_000}|"
+    pieces = list(paragraphs(Document("d", text, None, "d.md")))
+    assert max(map(len, pieces)) <= MAX_PARAGRAPH < sum(map(len, pieces))
+
+
+def test_a_long_file_of_lines_is_read_once() -> None:
+    text = "It began.  It ended, and nothing followed.\n" * 100_000
+    assert len(list(paragraphs(Document("d", text, None, "d.txt")))) == 100_000
 
 
 def test_a_table_of_a_page_is_told(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _arguments(query: str, name: str) -> dict[str, Any]:
     secrets = [key for key, _ in pairs if _SECRET.search(key)]
     if secrets:
         raise ConfigError(
-            f"{secrets[0]} would stand in the report for all to read; give it in an environment "
+            f"{secrets[0]} would stand where others read it; give it in an environment "
             "variable, or name a FILE.py:NAME that reads it"
         )
     return {key: _value(text) for key, text in pairs}

@@ -1,4 +1,4 @@
-"""The report as data: `report.json`, version 1. docs/report.md explains every field."""
+"""The report as data: `report.json`, version 2. docs/report.md explains every field."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlpmem_rag.errors import ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REPORT = "report.json"
 
 Interval = tuple[float, float]

@@ -221,11 +221,11 @@ def test_an_llm_from_a_file(tmp_path: Path) -> None:
         ("no_such_module:LLM", "cannot be imported (ModuleNotFoundError"),
         ("./nowhere.py:llm", "cannot be imported (FileNotFoundError"),
         ("llama_index.core.llms:MockLLM?nothing", "not of the form a=1&b=x"),
-        ("llama_index.core.llms:MockLLM?api_key=x", "api_key would stand in the report"),
-        ("llama_index.core.llms:MockLLM?apiKey=x", "apiKey would stand in the report"),
-        ("llama_index.core.llms:MockLLM?accessToken=x", "accessToken would stand in"),
-        ("llama_index.core.llms:MockLLM?passwd=x", "passwd would stand in the report"),
-        ("llama_index.core.llms:MockLLM?authorization=x", "authorization would stand in"),
+        ("llama_index.core.llms:MockLLM?api_key=x", "api_key would stand where others"),
+        ("llama_index.core.llms:MockLLM?apiKey=x", "apiKey would stand where others"),
+        ("llama_index.core.llms:MockLLM?accessToken=x", "accessToken would stand where"),
+        ("llama_index.core.llms:MockLLM?passwd=x", "passwd would stand where others"),
+        ("llama_index.core.llms:MockLLM?authorization=x", "authorization would stand where"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_why(name: str, told: str) -> None:

@@ -117,7 +117,7 @@ def test_a_report_survives_its_file(report: Report, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema_version": SCHEMA_VERSION + 1}, "schema_version 2"),
+        ({"schema_version": SCHEMA_VERSION + 1}, "schema_version 3"),
         ({"arms": {"a": {}}}, "arms.a.n: Field required"),
         ({"surprise": 1}, "surprise: Extra inputs"),
     ],

@@ -319,6 +319,35 @@ def test_messages_to_prompt_replaces_the_template(llm: MLPMemLLM) -> None:
     assert usage(own.chat(ASKED)) == usage(as_text)
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments", "asked"),
+    [
+        ({}, {}, None),
+        ({}, {"asked": QUESTION}, QUESTION),
+        ({"is_chat_model": False}, {}, "Q: Who? A:"),
+        ({"is_chat_model": False}, {"asked": QUESTION}, QUESTION),
+    ],
+)
+def test_a_formatted_text_asks_something_where_templates_are_sent_so(
+    llm: MLPMemLLM,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    arguments: dict[str, Any],
+    asked: str | None,
+) -> None:
+    given: list[str | None] = []
+    continue_text = MemoryModel.continue_text
+
+    def note(self: MemoryModel, text: str, decoding: Any, **options: Any) -> Any:  # noqa: ANN401
+        given.append(options["asked"])
+        return continue_text(self, text, decoding, **options)
+
+    monkeypatch.setattr(MemoryModel, "continue_text", note)
+    own = MLPMemLLM.from_model(llm.model, max_new_tokens=1, **settings)
+    own.complete("Q: Who? A:", formatted=True, **arguments)
+    assert given == [asked]
+
+
 def test_a_mark_of_beginning_is_there_once(model: MemoryModel) -> None:
     llm = MLPMemLLM.from_model(model, max_new_tokens=1)
     tokens = model.tokenizer("Who?")["input_ids"]

@@ -334,6 +334,8 @@ class MLPMemLLM(LLM):
     def _completing(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> AnswerStream:
         decoding, asked = decoding_of(self._decoding, kwargs, self._model.tokenizer)
         if formatted:
+            if asked is None and not self.is_chat_model:  # how prompts of templates come then
+                asked = prompt
             return self._model.continue_text(prompt, decoding, asked=asked)
         messages = [ChatMessage(role=MessageRole.USER, content=prompt)]
         to_prompt = self.completion_to_prompt
