@@ -11,8 +11,15 @@ except ModuleNotFoundError as error:
         "LlamaIndex is not installed; pip install 'mlpmem-rag[llama-index]'"
     ) from error
 
+from llama_index.indices.managed.mlpmem.agreeing import MemoryRAGQueryEngine
 from llama_index.indices.managed.mlpmem.base import MLPMemIndex
 from llama_index.indices.managed.mlpmem.hybrid import MemoryFirstQueryEngine, ThresholdFit
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
 
-__all__ = ["MLPMemIndex", "MemoryFirstQueryEngine", "MemoryQueryEngine", "ThresholdFit"]
+__all__ = [
+    "MLPMemIndex",
+    "MemoryFirstQueryEngine",
+    "MemoryQueryEngine",
+    "MemoryRAGQueryEngine",
+    "ThresholdFit",
+]
