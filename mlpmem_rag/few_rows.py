@@ -5,10 +5,11 @@ operands exchanged, `weight @ x.T`, they are read as they lie. In bfloat16 that 
 of the time where they come from main memory and a quarter where they are in a cache, and up to 32
 rows both give the same bits; where a trial says otherwise, nothing is exchanged.
 
-In float32 two to eight rows take a third to two thirds of the time with MKL. Even one row is faster
-taken twice, as a matrix, than as a vector: 100 instead of 129 ms for a token of SmolLM2-135M. But
-sums are taken in another order and last bits differ: a base model's products are exchanged only
-inside `other_order`, a memory's always.
+In float32 it depends on the processor. On AMD's, MKL takes two to eight rows in a third to two
+thirds of the time so, and even one row is faster taken twice, as a matrix, than as a vector: 100
+instead of 129 ms for a token of SmolLM2-135M. On Intel's, one to three rows take twice the time
+exchanged, and four to 32 between half and all of it. And sums are taken in another order and last
+bits differ: a base model's products are exchanged only inside `other_order`, a memory's always.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = {torch.bfloat16: 32, torch.float32: 64}
-"""Rows up to which exchanging pays."""
-
+FEW = 32
+"""Rows up to which both ways give the same bits in bfloat16."""
 ALIGNED = 16
 """Bytes: where float32 weights lie otherwise, as in a mapped file, MKL sums in another order."""
 
@@ -39,30 +39,31 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """*Shape:* (..., in) -> (..., out)."""
-        if not self._exchanges(input):
+        rows = input.numel() // self.in_features
+        if not self._is_free(input) or rows not in few(input.dtype):
             return super().forward(input)
-        if self.weight.dtype == torch.float32 and self.weight.data_ptr() % ALIGNED:
-            with torch.inference_mode(False):
-                self.weight.data = self.weight.data.clone()
         out = _exchanged(input.reshape(-1, self.in_features), self.weight)
         if self.bias is not None:
             out += self.bias
         return out.view(*input.shape[:-1], self.out_features)
 
-    def _exchanges(self, input: Tensor) -> bool:
+    def _is_free(self, input: Tensor) -> bool:
+        """Whether the product may be taken another way; float32 weights then lie as MKL likes."""
         if not (
-            0 < input.numel() <= FEW.get(input.dtype, 0) * self.in_features
-            and input.dtype == self.weight.dtype
+            input.dtype == self.weight.dtype
             and input.device.type == self.weight.device.type == "cpu"
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         ):
             return False
         if input.dtype == torch.bfloat16:
-            return self.bias is None and same_bits()
-        if not torch.backends.mkl.is_available():
+            return self.bias is None
+        if input.dtype != torch.float32 or (self.exact and not _any_order.get()):
             return False
-        return not self.exact or _any_order.get()
+        if self.weight.data_ptr() % ALIGNED:
+            with torch.inference_mode(False):
+                self.weight.data = self.weight.data.clone()
+        return True
 
 
 class ExactLinear(Linear):
@@ -98,10 +99,25 @@ def _exchanged(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
+def few(dtype: torch.dtype) -> range:
+    """Numbers of rows for which exchanging pays on this processor."""
+    if dtype == torch.bfloat16:
+        return range(1, FEW + 1) if same_bits() else range(0)
+    if dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return range(0)
+    return range(1, 65) if is_amd() else range(4, FEW + 1)
+
+
+def is_amd() -> bool:
+    """Whether the processor is one of AMD's."""
+    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
+
+
+@cache
 def same_bits() -> bool:
     """Whether a trial of both ways in bfloat16 differs in no bit on this machine."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 1024, generator=generator).bfloat16()
-    counts = (1, 2, 7, 16, FEW[torch.bfloat16])
+    counts = (1, 2, 7, 16, FEW)
     trials = (torch.randn(n, 1024, generator=generator).bfloat16() for n in counts)
     return all(torch.equal(_exchanged(x, weight), F.linear(x, weight)) for x in trials)
