@@ -179,7 +179,7 @@ def test_a_report_of_another_name_or_place_replaces_nothing(
 def test_report_of_nothing_is_one_line(run: Run, files: Path) -> None:
     assert "cannot be read" in run("report", files / "nowhere").error()
     (files / "report.json").write_text('{"schema_version": 7}')
-    assert "has schema_version 7, this program reads 1" in run("report", files).error()
+    assert "has schema_version 7, this program reads 2" in run("report", files).error()
 
 
 def test_bench_prints_figures_beside_the_papers(run: Run, tiny_memory: Path, files: Path) -> None:
