@@ -139,19 +139,19 @@ def freeze(model: SentenceTransformer) -> None:
 
     Where the layers are not found, only embeddings stay.
     """
-    parameters = dict(model.named_parameters())
-    names = list(parameters)
-    first = next((n for n, name in enumerate(names) if name.startswith(_upper(model))), 0)
-    for name in names[:first]:
-        parameters[name].requires_grad_(False)
+    upper = _upper(model)
+    parameters = list(model.named_parameters())
+    first = next((n for n, (name, _) in enumerate(parameters) if name.startswith(upper)), 0)
+    for _, parameter in parameters[:first]:
+        parameter.requires_grad_(False)
     for embedding in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
         embedding.requires_grad_(False)
 
 
 def _upper(model: SentenceTransformer) -> str:
     """Where the names of the parameters that are learned begin; empty: with the first."""
-    depth = getattr(getattr(model[0], "model", None), "config", None)
-    layers = int(getattr(depth, "num_hidden_layers", 0) or 0)
+    config = getattr(getattr(model[0], "model", None), "config", None)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == layers:
             return f"{name}.{round(FROZEN * layers)}."

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlpmem_rag.hardware import is_amd
+
 FEW = 32
 """Rows up to which both ways give the same bits in bfloat16."""
 ALIGNED = 16
@@ -105,12 +107,7 @@ def few(dtype: torch.dtype) -> range:
         return range(1, FEW + 1) if same_bits() else range(0)
     if dtype != torch.float32 or not torch.backends.mkl.is_available():
         return range(0)
-    return range(1, 65) if is_amd() else range(4, FEW + 1)
-
-
-def is_amd() -> bool:
-    """Whether the processor is one of AMD's."""
-    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
+    return range(1, 65) if is_amd(torch.cpu.get_capabilities()) else range(4, 33)
 
 
 @cache

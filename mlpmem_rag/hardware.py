@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -36,6 +38,11 @@ def has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def is_amd(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a processor is one of AMD's, by its capabilities as torch tells them."""
+    return "AMD" in str(capabilities.get("cpu_name", ""))
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -18,6 +18,7 @@ import torch
 
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import MissingDependencyError
+from mlpmem_rag.hardware import is_amd
 from mlpmem_rag.torch_index import TorchIndex
 
 FLAT_MAX_ROWS = 250_000
@@ -111,7 +112,7 @@ def blas_kernels(capabilities: Mapping[str, Any]) -> str | None:
     """
     if not (capabilities.get("avx2") and capabilities.get("fma3")):
         return None
-    if "AMD" in str(capabilities.get("cpu_name", "")):
+    if is_amd(capabilities):
         return "ZEN"
     wide = all(capabilities.get(f"avx512_{part}") for part in ("f", "bw", "dq", "vl"))
     return "SKYLAKEX" if wide else "HASWELL"

@@ -80,6 +80,14 @@ class Share:
     weight: Tensor
 
 
+def asks(view: Tensor | None, *, asked: bool) -> bool | Tensor:
+    """Which rows of what a memory reads are a request; False: none.
+
+    *Shapes:* (B, Q), zeros where nothing is told -> (B, 1).
+    """
+    return view.ne(0).any(-1, keepdim=True) if asked and view is not None else False
+
+
 def gated_weight(
     base: Tensor,
     memory_log_probs: Tensor,

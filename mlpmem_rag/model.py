@@ -32,7 +32,7 @@ from mlpmem_rag.hardware import resolve_device, resolve_dtype
 from mlpmem_rag.integrity import Verify, verify_mode
 from mlpmem_rag.load_options import refuse_other_memory, refuse_quantization, taken_options
 from mlpmem_rag.memory import Memory, MemoryConfig
-from mlpmem_rag.mixing import check_lambda, check_temperature, mix
+from mlpmem_rag.mixing import asks, check_lambda, check_temperature, mix
 from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
 
 
@@ -186,11 +186,13 @@ class MLPMemForCausalLM(AugmentedLM):
             listener = self._listeners.get(threading.get_ident())
             if listener is not None:
                 listener(memory_log_probs)
-        known: bool | Tensor = False
-        if query is not None and asked:
-            known = query.ne(0).any(-1, keepdim=True)  # (B, 1)
         return mix(
-            logits, memory_log_probs, self.memory.corpus_tokens, lambda_, self.gate, asked=known
+            logits,
+            memory_log_probs,
+            self.memory.corpus_tokens,
+            lambda_,
+            self.gate,
+            asked=asks(query, asked=asked),
         )
 
     @contextmanager

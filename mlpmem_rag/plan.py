@@ -284,7 +284,7 @@ def search_memory(rows: int, width: int, k: int, *, exact: bool) -> int:
 def _writing_processes(rows: int, room: float) -> int:
     """As many as suit the corpus and have room in so many bytes, one at least."""
     processes = num_processes(math.ceil(CHARACTERS * rows / PIECE))
-    return max(1, min(processes, int(min(room / PARSER_BYTES, processes))))
+    return max(1, int(min(processes, room / PARSER_BYTES)))
 
 
 def _existing(path: Path) -> Path:

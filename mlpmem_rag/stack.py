@@ -34,7 +34,7 @@ from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.load_options import IGNORED, named_dtype, one_device, refuse_options
 from mlpmem_rag.members import Member, open_member, slices
 from mlpmem_rag.memory import Memory
-from mlpmem_rag.mixing import Share, check_lambda, gated_weight, mixture
+from mlpmem_rag.mixing import Share, asks, check_lambda, gated_weight, mixture
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory, keep_weights, load_model
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -204,16 +204,16 @@ class MemoryStack(AugmentedLM):
         asked: bool,
     ) -> Share:
         settings, memory = self._members[name].settings, self._memory(name)
-        view, known = None, False  # type: Tensor | None, bool | Tensor
+        view = None
         if query is not None and settings.memory.query_size:
             view = query[:, self._places()[name]]  # (B, Q_i)
-            known = asked and view.ne(0).any(-1, keepdim=True)  # (B, 1)
         log_probs = memory.log_probs(
             states[settings.layer],
             None if view is None else view[:, None],
             settings.memory_temperature,
         )
         tokens = memory.corpus_tokens
+        known = asks(view, asked=asked)
         weight = gated_weight(base, log_probs, tokens, lambda_, settings.gate, asked=known)
         return Share(log_probs, tokens, weight)
 

@@ -113,7 +113,7 @@ def test_a_quickened_model_says_the_same(family_folder: Path) -> None:
 def amd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor is taken for one of AMD's."""
     found: bool = request.param
-    monkeypatch.setattr(few_rows, "is_amd", lambda: found)
+    monkeypatch.setattr(few_rows, "is_amd", lambda _: found)
     monkeypatch.setattr(few_rows, "few", few.__wrapped__)
     return found
 
