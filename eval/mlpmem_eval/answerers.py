@@ -81,7 +81,7 @@ class QueryEngineAnswerer:
         text = "".join(_watched(response.response_gen)) if streamed else str(response)
         told = (response.metadata or {}).get("mlpmem", {})
         remembered = told.get("route") == "memory"
-        kept = remembered or "route" not in told  # else the memory was unsure, and RAG answers
+        kept = told.get("route") != "rag"  # else the memory was unsure, and RAG answers
         return Reply(
             text=_first_line(text) if self.first_line else text.strip(),
             confidence=told.get("confidence") if kept else None,

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine
+from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MemoryRAGQueryEngine
 from llama_index.llms.mlpmem import MLPMemLLM
-from mlpmem_eval.agreed import AgreedAnswerer
 from mlpmem_eval.answerers import Answerer, ChatAnswerer, PromptAnswerer, QueryEngineAnswerer
 from mlpmem_eval.cost import TUNING, Setup
 from mlpmem_eval.knn import LAMBDAS, open_teacher
@@ -82,8 +81,9 @@ def _memory_and_rag(bench: Workbench) -> Arm:
         | bench.retrieval_settings(name)
         | {"k": setting.k, "words": setting.words, "prompt": FEW_SHOT}
     )
+    engine = MemoryRAGQueryEngine(bench.chat_llm(), retriever)
     return Arm(
-        AgreedAnswerer(name, bench.memory, retriever, bench.max_new_tokens, settings),
+        QueryEngineAnswerer(name, engine, settings),
         _together(bench.memory_setup, _index_setup(indexed, {TUNING: seconds})),
     )
 

@@ -232,7 +232,12 @@ def test_a_confidence_is_told_of_the_answer_that_is_given() -> None:
         def query(self, question: str) -> Response:
             return Response("text", metadata={"mlpmem": self.told | {"confidence": 0.4}})
 
-    for told, confidence in (({"route": "rag"}, None), ({"route": "memory"}, 0.4), ({}, 0.4)):
+    for told, confidence in (
+        ({"route": "rag"}, None),
+        ({"route": "memory"}, 0.4),
+        ({"route": "memory+rag"}, 0.4),
+        ({}, 0.4),
+    ):
         reply = QueryEngineAnswerer("x", cast(Any, Told(told))).answer("Who?")
         assert reply.confidence == confidence
 
