@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mlpmem_rag.clauses import NOUNS, VERBS
+from mlpmem_rag.markup import HIDDEN
 
 if TYPE_CHECKING:
     from spacy.tokens import Span, Token
@@ -114,6 +115,8 @@ def _is_single(token: Token) -> bool:
     """Whether a token alone may be an answer: a year, a modifier, a noun without modifiers."""
     if token.ent_type_ == "DATE" and re.fullmatch(r"\d{4}", token.text):
         return True
+    if HIDDEN.fullmatch(token.text):
+        return True
     if token.tag_ in ("JJR", "JJS") or _is_piece_of_name(token):
         return False
     if token.dep_ in _BEFORE_NOUNS and token.pos_ in ("ADJ", "NOUN", "PROPN"):
@@ -157,6 +160,14 @@ def _is_piece_of_name(token: Token) -> bool:
     return in_entity or compound
 
 
+def _is_named_by_code(span: Span) -> bool:
+    """Whether a span only says of what kind the code in it is: `the --quiet option`."""
+    code = [token for token in span if HIDDEN.fullmatch(token.text)]
+    words = [token for token in span if token not in code]
+    kind = all(token.pos_ in ("NOUN", "ADJ") and token.text.islower() for token in words)
+    return len(code) == 1 and len(words) > 0 and kind
+
+
 def _trimmed(span: Span) -> Span:
     """A span without articles, the `'s` of an owner, and punctuation at its ends."""
     start, end, doc = span.start, span.end, span.doc
@@ -180,5 +191,7 @@ def _is_answer(span: Span) -> bool:
     if doc[start].tag_ in ("WP$", "WDT", "WP") or (end < len(doc) and doc[end].text == "°"):
         return False
     tied = end < len(doc) and doc[end].text in HYPHENS and not doc[end - 1].whitespace_
+    if _is_named_by_code(span):
+        return False
     told = any(t.pos_ == "NUM" or not (t.is_stop or t.is_punct) for t in span)
     return told and not (aside or tied) and span.text.lower() not in _NO_ANSWERS

@@ -24,6 +24,9 @@ FINITE = ("VBD", "VBZ", "VBP", "MD")
 NOUNS = ("NOUN", "PROPN", "PRON", "NUM")
 COMPLEMENTS = ("dobj", "attr", "acomp", "oprd", "xcomp", "ccomp", "dative")
 RELATIVES = ("WDT", "WP", "WP$", "WRB")
+_CONDITIONS = ("if", "when", "unless", "until", "before", "after", "while")
+_PLURAL_WORDS = ("they", "these", "those")
+_SPEAKERS = ("you", "we", "i")  # `what do I need`
 _LOOSE = ("relcl", "acl", "appos", "advcl", "parataxis", "nmod", "intj", "dep", "meta")
 _ADJUNCTS = ("prep", "agent", "npadvmod", "advcl")
 _SUBORDINATE = ("conj", "advcl", "parataxis")
@@ -155,7 +158,7 @@ def _clause(verb: Token, subject: Token, antecedent: Token | None, gap: Token | 
     elsewhere = {
         token.i
         for embedded in verb.subtree
-        if embedded != verb and _apart(embedded, verb)
+        if embedded != verb and _apart(embedded, verb) and not _condition(embedded, verb, subject)
         for token in embedded.subtree
     }
     helper, base, plain, used = _forms(verb, subject)
@@ -175,6 +178,16 @@ def _apart(token: Token, verb: Token) -> bool:
     """Whether a token heads a clause that is no part of its verb's: `... and he left`."""
     before = token.dep_ == "ccomp" and token.head == verb and token.i < verb.i
     return token.pos_ in VERBS and (before or token.dep_ in _SUBORDINATE)
+
+
+def _condition(embedded: Token, verb: Token, subject: Token) -> bool:
+    """Whether a clause says when the reader is to do what the verb says."""
+    return (
+        subject.lower_ == "you"
+        and embedded.dep_ == "advcl"
+        and embedded.head == verb
+        and any(child.lower_ in _CONDITIONS for child in embedded.children)
+    )
 
 
 def _subject(verb: Token) -> Token | None:
@@ -278,7 +291,8 @@ def form_of_be(subject: Token, *, past: bool) -> str:
 
 def _plural(noun: Token) -> bool:
     coordinate = any(child.dep_ == "conj" for child in noun.children)
-    return noun.tag_ in ("NNS", "NNPS") or noun.lower_ in ("they", "these", "those") or coordinate
+    spoken = noun.tag_ == "PRP" and noun.lower_ in _SPEAKERS
+    return noun.tag_ in ("NNS", "NNPS") or noun.lower_ in _PLURAL_WORDS or spoken or coordinate
 
 
 def _past(token: Token) -> bool:
@@ -335,6 +349,8 @@ def pruned(tokens: Sequence[Token], clause: Clause, keep: Token, *, short: bool)
         if token.i in needed or token == clause.verb or _hyphenated(token):
             return False
         head, dep = token.head, token.dep_
+        if not short and _condition(token, clause.verb, clause.head):
+            return False
         if dep in _LOOSE or dep == "punct":
             return dep != "punct" or token.text not in "-–—/'"
         if token.ent_iob_ == "I" and head.ent_type_ == token.ent_type_:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _KINDS_OF = ("type", "kind", "form", "class", "one", "member", "group")
 _PERSONS = ("he", "she", "his", "her", "him")
 _THINGS = ("they", "them", "their", "these", "those")
+_SPEAKERS = ("you", "your", "we", "our", "us", "i", "my", "me")  # who reads or writes the text
 _SMALL = ("of", "the", "and", "for", "in")
 _NAME_PARTS = ("compound", "flat", "nmod")
 
@@ -29,6 +30,7 @@ class Mentions:
 
     Attributes:
         title: what the document is about.
+        section: what its present section is about, where it has several.
         common: words that the corpus writes in lower case, and so no names.
         asked: questions that sentences before answer, in lower case.
         acronym: the title's first letters, where the text uses them.
@@ -43,6 +45,7 @@ class Mentions:
         things: frozenset[str] = frozenset(),
     ) -> None:
         self.title = without_brackets(title)
+        self.section = ""
         self.acronym = _acronym(self.title, text)
         self.common = common
         self._all_things = things
@@ -50,7 +53,20 @@ class Mentions:
         self._named = _as_named(self.title, text)
         self.persons: set[str] = set()
         self._person = self._thing = self._things = self._named
+        self._last = ""  # common noun that was the subject, in a paragraph of a section
         self._types: dict[str, str] = {}
+
+    def enter(self, section: str) -> None:
+        """A paragraph begins, in the same section or another one."""
+        self.section = re.sub(r"[()]", "", without_brackets(section))
+        self._last = ""
+
+    def untold(self, text: str) -> str:
+        """Of title and section, what a question has to add to be understood by itself."""
+        if self.title and _told(text, self.title):
+            return ""
+        told = self.section and _told(text, self.section)
+        return ", ".join(filter(None, (self.title, "" if told else self.section)))
 
     def names(self, sentence: Span) -> dict[int, str]:
         """What to say instead of pronouns, short names and `this thing`: position -> text."""
@@ -59,6 +75,8 @@ class Mentions:
             names[sentence.start] = sentence[0].text
         for token in sentence:
             if token.tag_ in ("PRP", "PRP$") and token.dep_ != "expl":
+                if token.lower_ in _SPEAKERS:
+                    continue
                 if name := self.meant_by(token, sentence):
                     names[token.i] = f"{name}'s" if token.tag_ == "PRP$" else name
             elif self.title and self._points_to_title(token):
@@ -75,7 +93,8 @@ class Mentions:
         """The nouns that subject pronouns stand for, where the sentence itself tells them."""
         found = {}
         for pronoun in sentence:
-            if pronoun.tag_ == "PRP" and pronoun.dep_ in SUBJECTS[:2]:
+            third = pronoun.tag_ == "PRP" and pronoun.lower_ not in _SPEAKERS
+            if third and pronoun.dep_ in SUBJECTS[:2]:
                 noun = _subject_before(pronoun, sentence)
                 if noun is not None:
                     found[pronoun.i] = noun
@@ -88,7 +107,7 @@ class Mentions:
             self._learn_type(clause)
         subject = next((token for token in sentence if token.dep_ in SUBJECTS), None)
         if subject is None or subject.pos_ == "PRON":
-            return
+            return  # what went before is spoken of still
         text = self._named if self._is_title(subject) else _short(subject)
         if subject.ent_type_ == "PERSON":
             self._person = text
@@ -96,6 +115,7 @@ class Mentions:
             self._things = text
         elif subject.pos_ == "PROPN" and not self.title:
             self._thing = text
+        self._last = text if self.section and subject.tag_ == "NN" else ""
 
     def type_of(self, answer: Span) -> str:
         """The common noun for a name, as the document told it, or nothing."""
@@ -195,10 +215,18 @@ class Mentions:
             return self._person
         if pronoun.lower_ in _THINGS:
             return self._things
+        if self._last and pronoun.lower_ in ("it", "its"):
+            return self._last
         about_person = self.title.lower() not in self._all_things and not {
             word.lower() for word in self._thing.split()
         }.isdisjoint(self.persons)
         return self._thing if pronoun.lower_ in ("it", "its") and not about_person else ""
+
+
+def _told(text: str, topic: str) -> bool:
+    """Whether a text tells a topic."""
+    words = [word for word in topic.lower().split() if len(word) > 3] or [topic.lower()]
+    return any(word in text.lower() for word in words)
 
 
 def without_brackets(title: str) -> str:

@@ -43,6 +43,7 @@ _LEGACY_ENCODINGS = [
 ]
 
 _MARKDOWN_TITLE = re.compile(r"\s*#[ \t]+(?P<title>.+?)[ \t]*#*[ \t]*(?:\n|$)")
+_CODE = ("code", "kbd", "samp", "tt")
 _XML_DECLARATION = re.compile(r"^\s*<\?xml [^>]*\?>")
 
 
@@ -163,15 +164,21 @@ def _render_html(html: str) -> Record:
     # Without huge_tree, the parser drops all text of a page nested deeper than 256, silently.
     tree = document_fromstring(html, parser=HTMLParser(huge_tree=True))
     strip_elements(tree, "script", "style", "template", "noscript", with_tail=False)
-    # Line breaks are kept in a <pre>'s own text only, not in the <code> or <span> inside it.
-    for block in tree.iter("pre"):
-        code = block.text_content()
-        strip_elements(block, "*")
-        block.text = code
     heading = next(tree.iter("h1"), None)
     if heading is None:
         heading = next(tree.iter("title"), None)
     title = "" if heading is None else " ".join(heading.text_content().split())
+    # As in Markdown: headings and code mean something to a language model, and to writers.
+    # Line breaks are kept in a <pre>'s own text only, not in the <code> or <span> inside it.
+    for block in [*tree.iter("pre", *_CODE), *tree.find_class("literal")]:
+        code = block.text_content()
+        within = block.tag != "pre" and next(block.iterancestors("pre"), None) is None
+        marked = f"`{code.strip()}`" if within and code.strip() and "`" not in code else code
+        strip_elements(block, "*")
+        block.text = f"```\n{code.strip(chr(10))}\n```" if block.tag == "pre" else marked
+    for level in range(1, 7):
+        for block in tree.iter(f"h{level}"):
+            block.text = f"{'#' * level} {(block.text or '').lstrip()}"
     # The strict profile is the browsers': the relaxed one puts spaces around every <span>.
     text = Inscriptis(tree, ParserConfig(css=CSS_PROFILES["strict"])).get_text()
     return Record(text, title=title or None)

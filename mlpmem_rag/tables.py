@@ -21,6 +21,10 @@ DONE = re.compile(
     r"|completed|created|designed|invented|introduced|launched|released|published|issued|signed"
     r"|adopted|born|made|started|ended)"
 )
+DESCRIPTION = re.compile(
+    r"(?i:descriptions?|explanations?|meanings?|purpose|use|usage|function|details|comments?"
+    r"|what (?:it|this|that) (?:is|does|means)|what is .{2,30}|does|means)"
+)
 DATE = re.compile(
     r"(?P<day>\d{1,2}(?:st|nd|rd|th)? )?(?:[A-Z][a-z]+ )?(?P<us>\d{1,2}, )?(?:1\d{3}|20\d\d)"
 )
@@ -55,18 +59,23 @@ def table_at(lines: Sequence[str], start: int) -> Table | None:
     return _piped(lines, start) or _aligned(lines, start)
 
 
-def told(table: Table, topic: str) -> Iterator[str]:
-    """What a table says, cell by cell; `topic` is what it stands under, or nothing."""
+def told(table: Table, topic: str) -> Iterator[tuple[str, str]]:
+    """What a table says, cell by cell, each with what it describes without naming it.
+
+    `topic` is what the table stands under, or nothing.
+    """
     for about, *cells in table.rows:
         names = (about,) if table.header is None else table.header[1:]
         of = topic if table.header is None else about
         for name, cell in zip(names, cells, strict=True):
             if not cell or cell.lower() in NOTHING:
                 continue
-            if not name or max(len(cell), len(of)) > MAX_CELL or (table.header and not about):
-                yield cell
+            if DESCRIPTION.fullmatch(name) and len(of) <= MAX_CELL:
+                yield cell, of
+            elif not name or max(len(cell), len(of)) > MAX_CELL or (table.header and not about):
+                yield cell, ""
             else:
-                yield attribute(name, of, cell)
+                yield attribute(name, of, cell), ""
 
 
 def attribute(name: str, of: str, value: str) -> str:
@@ -126,7 +135,9 @@ def _aligned(lines: Sequence[str], start: int) -> Table | None:
         return None
     if any(cell.startswith(CODE) for _, *cells in rows for cell in cells):
         return None
-    if len(starts) == 2:  # which has names of its columns as often as not
+    if len(starts) == 2 and not DESCRIPTION.fullmatch(
+        rows[0][1]
+    ):  # which has names of its columns as often as not
         named = tuple((name.rstrip(":= "), cell) for name, cell in rows)
         return Table(None, named, lined)
     return _table(rows[0], rows[1:], lined)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from mlpmem_rag.markup import HIDDEN
+
 if TYPE_CHECKING:
     from spacy.tokens import Span, Token
 
@@ -96,6 +98,8 @@ def asked_as(answer: Span, mentions: Mentions) -> list[Asked]:
     root = answer.root
     if degree := _of_degree(answer):
         return [degree]
+    if HIDDEN.fullmatch(answer.text) and (kind := _of_code(answer)):
+        return [kind]
     if root.head.i >= answer.end and root.head.pos_ in ("NOUN", "PROPN"):
         if root.dep_ in _MODIFIERS:
             return _of_modifier(answer)
@@ -140,6 +144,26 @@ def _of_modifier(answer: Span) -> list[Asked]:
     elif answer.root.ent_type_ == "NORP" and noun.lemma_ in ("word", "name", "term", "phrase"):
         ways.append(Asked("what language", "", whole))
     return ways
+
+
+def _of_code(answer: Span) -> Asked | None:
+    """`--quiet` of `the --quiet option` and of `the option --quiet` -> `which option`."""
+    code, doc = answer.root, answer.doc
+    before = [t for t in code.lefts if t.dep_ in _MODIFIERS and t.text.islower()]
+    if before:  # `the environment variable HOME`, with the code as the noun
+        kind = doc[before[0].left_edge.i : code.i]
+        return Asked("which", kind.text, doc[code.left_edge.i : code.i + 1])
+    noun = code.head
+    if noun.pos_ != "NOUN" or not noun.text.islower():
+        return None
+    if code.dep_ in _MODIFIERS and noun.i >= answer.end:
+        kind, whole = doc[answer.end : noun.i + 1], doc[noun.left_edge.i : noun.i + 1]
+    elif code.dep_ in ("appos", "nmod") and noun.i == answer.start - 1:
+        nouns = [t.i for t in noun.lefts if t.dep_ == "compound"]
+        kind, whole = doc[min([*nouns, noun.i]) : noun.i + 1], doc[noun.left_edge.i : answer.end]
+    else:
+        return None
+    return Asked("which", kind.text, whole)
 
 
 def _of_degree(answer: Span) -> Asked | None:
@@ -227,7 +251,7 @@ def _of_name(answer: Span, mentions: Mentions) -> list[tuple[str, str]]:
     root, kind = answer.root, answer.root.ent_type_
     told = mentions.type_of(answer)
     typed = [("what", told)] if told else _by_last_noun(answer, mentions.common)
-    if mentions.is_thing(answer):
+    if mentions.is_thing(answer) or HIDDEN.fullmatch(answer.text):
         return [("what", ""), *typed]
     if is_person(answer) or (root.pos_ == "PROPN" and root.lower_ in mentions.persons):
         return [("who", ""), *typed]

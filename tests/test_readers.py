@@ -165,14 +165,16 @@ def test_html_is_laid_out_without_scripts(tmp_path: Path) -> None:
     record = read_one(tmp_path, "a.html", page)
     assert record.title == "The lake of Zürich"
     assert [line.rstrip() for line in record.text.strip().split("\n")] == [
-        "The lake of Zürich",
+        "# The lake of Zürich",
         "",
         "Deep & cold.",
         "",
         "  * trout",
         "  * pike",
+        "```",
         "if x:",
         "        swim()",
+        "```",
         "depth  136 m",
     ]
 
@@ -226,14 +228,16 @@ Trout
     record = read_one(tmp_path, "a.rst", text)
     assert record.title == "The lake"
     assert [line.rstrip() for line in record.text.strip().split("\n")] == [
-        "The lake",
+        "# The lake",
         "",
         "A cold lake, see Trout.",
         "",
-        "Trout",
+        "## Trout",
         "",
+        "```",
         "if x:",
         "    swim()",
+        "```",
         "",
         long_line.strip(),
     ]
@@ -242,7 +246,7 @@ Trout
 def test_docx_gives_title_and_paragraphs(tmp_path: Path) -> None:
     record = read_one(tmp_path, "a.docx", make_docx("The lake", "Deep &amp; cold.", "Trout."))
     assert record.title == "The lake"
-    assert record.text.strip() == "The lake\n\nDeep & cold.\n\nTrout."
+    assert record.text.strip() == "# The lake\n\nDeep & cold.\n\nTrout."
 
 
 def test_pdf_pages_are_paragraphs(tmp_path: Path) -> None:

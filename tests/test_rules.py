@@ -11,9 +11,10 @@ import pytest
 from mlpmem_rag import rules
 from mlpmem_rag.corpus import Document, read_corpus
 from mlpmem_rag.errors import MissingDependencyError
+from mlpmem_rag.paragraphs import MAX_PARAGRAPH, paragraphs
 from mlpmem_rag.progress import ProgressEvent
 from mlpmem_rag.questions import Question, load_questions, save_questions
-from mlpmem_rag.rules import MAX_PARAGRAPH, RuleWriter, paragraphs
+from mlpmem_rag.rules import RuleWriter
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "corpus"
 STARS = {document.id: document for document in read_corpus(SAMPLE / "stars").documents}
@@ -282,11 +283,19 @@ def test_questions_name_their_document(writer: RuleWriter) -> None:
     assert by_document == {"a": "Marie Curie", "b": "Ernest Rutherford"}
 
 
+def texts(document: Document) -> list[str]:
+    return [paragraph.text for paragraph in paragraphs(document)]
+
+
 def test_paragraphs_end_at_headings_blank_lines_and_full_stops() -> None:
-    text = "# Ada\n\nShe wrote\nletters. \nMany.\n\n## Facts\n- Born: 1815\nand so on"
-    assert list(paragraphs(document(text))) == [
+    assert texts(document("She wrote\nletters. \nMany.\n\nNo end")) == [
         "She wrote letters.",
         "Many.",
+        "No end",
+    ]
+    text = "# Ada\n\nShe wrote\nletters. \nMany.\n\n## Facts\n- Born: 1815\n\nand so on"
+    assert texts(document(text)) == [
+        "She wrote letters. Many.",
         "Facts was born in 1815.",
         "and so on",
     ]
@@ -294,14 +303,14 @@ def test_paragraphs_end_at_headings_blank_lines_and_full_stops() -> None:
 
 def test_only_a_colon_before_white_space_names_a_value() -> None:
     table = Document("row", "Name: Lamp\nPrice: 30\n**Height:** 2 m", "Lamp", "row")
-    assert list(paragraphs(table)) == ["The price of Lamp is 30.", "The height of Lamp is 2 m."]
+    assert texts(table) == ["The price of Lamp is 30.", "The height of Lamp is 2 m."]
     for line in ("Meeting at 10:30 in Oslo", "See https://example.org/lamp"):
-        assert list(paragraphs(document(line))) == [line]
+        assert texts(document(line)) == [line]
 
 
 def test_a_paragraph_without_end_is_cut_at_white_space() -> None:
     line = "the museum contains many rooms and " * 3000
-    found = list(paragraphs(document(line + "\n" + "x" * 50_000)))
+    found = texts(document(line + "\n" + "x" * 50_000))
     assert max(map(len, found)) <= MAX_PARAGRAPH
     assert " ".join(found[:6]).startswith(line[:90_000].strip())
     assert sum(part.count("museum") for part in found) == 3000
