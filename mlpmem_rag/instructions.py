@@ -24,27 +24,48 @@ _AHEAD = ("advcl", "prep", "advmod", "npadvmod", "mark", "punct", "cc", "intj", 
 _WITH_THE_VERB = ("aux", "neg", "advmod")
 _BARE = ("VB", "VBP")
 _PURPOSES = ("advcl", "xcomp", "acl", "relcl")
-_NO_DEED = ("see", "note", "let", "refer", "suppose", "say")
+_NO_DEED = (
+    *(
+        "see",
+        "note",
+        "let",
+        "refer",
+        "suppose",
+        "say",
+        "thank",
+        "thanks",
+        "welcome",
+        "hope",
+        "bless",
+    ),
+    *("feel", "guess", "believe"),
+)
+_OF_THE_READER = ("use", "edit", "have", "click", "consider", "make", "please", "if", "when")
+"""Verbs that tell the reader what to do with an option rather than what it does."""
 _USING = ("use", "run", "call", "add", "pass", "set", "specify", "type", "enter", "execute")
 _FEW = 6  # tokens: `use the environment variable X.`
 _NO_STEP = ("need", "want", "wish", "like", "have", "remember", "try", "plan", "expect", "refer")
 
 
 def statement(parser: Any, sentence: Span, about: str) -> str | None:  # noqa: ANN401
-    """The sentence with the subject that it goes without; None where it has one.
+    """The sentence with the subject that it goes without; None where it needs none.
 
     `about`: what it describes; nothing where it can only be the reader who is told to do it.
     """
-    if any(token.dep_ in SUBJECTS and token.head == sentence.root for token in sentence):
-        return None
-    return _description(parser, sentence, about) if about else _instruction(sentence)
+    subject = next((t for t in sentence.root.children if t.dep_ in SUBJECTS), None)
+    if subject is None:
+        return _description(parser, sentence, about) if about else _instruction(sentence)
+    first = sentence[0]
+    if about and first.lower_ in ("it", "this") and first in (subject, *subject.children):
+        return f"{about} {_text(sentence, subject.i + 1, sentence.end)}"  # `this option lists`
+    return None
 
 
 def _instruction(sentence: Span) -> str | None:
     """`If it blinks, never use bleach.` -> `If it blinks, you should never use bleach.`."""
     root = sentence.root
     helpers = [child for child in root.children if child.dep_ in HELPERS]
-    if root.tag_ not in _BARE or root.lemma_ in _NO_DEED:
+    if root.tag_ not in _BARE or root.lemma_ != root.lower_ or root.lemma_ in _NO_DEED:
         return None
     if any(child.lower_ not in ("do", "please") for child in helpers):
         return None
@@ -59,7 +80,7 @@ def _instruction(sentence: Span) -> str | None:
         return None
     lead = re.sub(r"(?i)\bplease\s+$", "", _text(sentence, sentence.start, first.i))
     rest = "".join(
-        "not " if token.lower_ in ("not", "n't") else token.text_with_ws
+        "not " if token.head == root and token.lower_ == "n't" else token.text_with_ws
         for token in sentence.doc[first.i : sentence.end]
         if token not in helpers
     )
@@ -69,10 +90,12 @@ def _instruction(sentence: Span) -> str | None:
 def _description(parser: Any, sentence: Span, about: str) -> str | None:  # noqa: ANN401
     """`Lists all versions.` -> `<about> lists all versions.`; a noun is what it is."""
     first, text = sentence[0], sentence.text
+    if first.lemma_.lower() in (*_NO_DEED, *_OF_THE_READER) or first.dep_ == "mark":
+        return None
     rest = text[:1].lower() + text[1:]
     if first.pos_ == "PROPN" or first.text.isupper():
         rest = text
-    if first.tag_ in _BARE and sentence.root == first:
+    if first.tag_ in _BARE and sentence.root == first and first.lemma_ != "be":
         return f"{about} {third_person(first.lemma_.lower())}{text[len(first.text) :]}"
     if first.text.endswith("s") and _is_verb(parser, f"{about} {rest}", about):
         return f"{about} {rest}"

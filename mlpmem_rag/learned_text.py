@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlpmem_rag.datastore import Datastore
+from mlpmem_rag.markup import plain
 from mlpmem_rag.passages import holds, without_notes
 from mlpmem_rag.preparation import Prepared
 from mlpmem_rag.questions import Question
@@ -17,7 +18,7 @@ from mlpmem_rag.split import Split
 
 @dataclass(frozen=True)
 class Cut:
-    """A document that is held out, or whose end is; white space as single spaces.
+    """A document that is held out, or whose end is; without marks, white space as single spaces.
 
     Attributes:
         learned: what stands before that; empty: nothing.
@@ -33,7 +34,7 @@ class Cut:
         That is where the sentence that answers it stands or, if a writer made that sentence, the
         answer.
         """
-        source, answer = _plain(question.source), _plain(question.answer)
+        source, answer = _spaced(question.source), _spaced(question.answer)
         if source in self.text:
             return source not in self.learned
         return not holds(self.learned, answer)
@@ -68,4 +69,10 @@ def about_held_out(questions: Sequence[Question], cuts: Mapping[str, Cut]) -> np
 
 
 def _plain(text: str) -> str:
+    """As writers read it: without marks."""
+    unmarked = plain(text)
+    return " ".join(without_notes(unmarked.shown(" ".join(unmarked.lines))).split())
+
+
+def _spaced(text: str) -> str:
     return " ".join(without_notes(text).split())

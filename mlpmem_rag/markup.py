@@ -17,9 +17,14 @@ from mlpmem_rag.tables import table_at
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-MARKED = re.compile(r"^ {0,3}(?:#{1,6} \S|```|~~~\w*$)|\]\([^)\s]+\)|(?<![`\w])`[^`\n]+`", re.M)
-"""What plain text has none of."""
-LETTERS = "abcdefghijklmnopqrst"
+SECTIONED = re.compile(r"^ {0,3}(?:#{1,6} \S|```|~~~\w*$)", re.M)
+MARKED = re.compile(
+    rf"{SECTIONED.pattern}|\[[^\]\n]+\]\((?:https?:|[./#]|\w[\w/-]*\.\w)[^)\s]*\)"
+    r"|(?<![`\w])`[^`'\n]+`(?![`\w])",
+    re.M,
+)
+"""What hardly any plain text has."""
+LETTERS = "abcefhijklmnopquvwxy"  # no ending that a lemmatiser takes off: -s, -ed, -ing, -er
 HIDDEN = re.compile(rf"Zyloq([{LETTERS}]{{3}})", re.IGNORECASE)
 MOST_HIDDEN = len(LETTERS) ** 3
 MAX_COMMAND = 100
@@ -27,8 +32,18 @@ MAX_COMMAND = 100
 
 _ALERT = re.compile(r"\[!\w+\]\s*")
 _FOOTNOTE = re.compile(r"\[\^[^\]\s]+\]:?")
+_FRONT = re.compile(r"\A---\n.*?\n(?:---|\.\.\.)\n", re.DOTALL)
+_TAGS = frozenset((
+    *("a", "abbr", "b", "br", "center", "code", "del", "details", "div", "em", "font"),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "ins", "kbd", "li", "mark"),
+    *("ol", "p", "picture", "pre", "q", "s", "samp", "small", "source", "span", "strong"),
+    *("sub", "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "u", "ul"),
+    *("var", "video"),
+))  # fmt: skip
+_TAG = re.compile(r"</?([a-zA-Z][\w-]*)")
 _HTML = re.compile(r"<!--.*?-->|</?[a-zA-Z][^>]*>", re.DOTALL)
 _EMOJI = re.compile(r"[\u26a0\u2705\u274c\u2728\u2757\ufe0f\U0001f300-\U0001faff]+\s*")
+_SCRIPT = re.compile(r"\s*<(?:script|style)\b", re.IGNORECASE)
 _PAIR = re.compile(r"[^:.]{1,50}:\s")
 _PROMPT = re.compile(r"^\s*[$>%]\s+")
 
@@ -60,8 +75,11 @@ def plain(text: str, spoken: str = "") -> Plain:
         return Plain(tuple(text.splitlines()))
     from markdown_it import MarkdownIt
 
+    text = _FRONT.sub("", re.sub(r"\r\n?", "\n", text))
     code: list[str] = []
-    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    parser = MarkdownIt("commonmark", {"html": True, "maxNesting": 200}).enable("table")
+    if not SECTIONED.search(text):
+        parser.disable("code")  # then what is indented is a paragraph
     lines = _Unmarked(code, spoken.lower().split(), text).lines_of(parser.parse(text))
     return Plain(tuple(lines), tuple(code))
 
@@ -73,40 +91,48 @@ class _Unmarked:
         self._code = code
         self._places: dict[str, int] = {}
         self._spoken = spoken
-        self._source = text.splitlines()
+        self._source = text.split("\n")
 
     def lines_of(self, tokens: Sequence[Token]) -> Iterator[str]:
         """The lines of a document's tokens."""
         paragraph: list[str] = []  # which a line of code may end
-        cells: list[str] = []
-        opened = ""
+        rows: list[list[str]] = []
+        opened = mark = ""
         for token in tokens:
             if token.type in ("fence", "code_block") and paragraph:
                 paragraph[-1] = self._ended(paragraph[-1], token.content)
             if paragraph and token.type not in ("inline", "paragraph_close"):
                 yield from (*paragraph, "")
                 paragraph = []
-            opened = token.type if token.type.endswith("_open") else opened
+            if token.type.endswith("_open"):
+                opened, mark = token.type, token.markup
             if table := self._lined_up(token):
                 yield from (*table, "")
+            elif token.type == "inline" and opened == "heading_open":
+                yield from ("", *self._heading(token.children or (), mark), "")
             elif token.type == "inline" and opened == "paragraph_open":
                 paragraph = self._paragraph(token.children or ())
             elif token.type == "inline":
-                text = " ".join(self._text_of(token.children or ()).split())
-                if opened == "heading_open":
-                    yield from ("", f"# {text}", "")
-                else:
-                    cells.append(text)
+                rows[-1].append(" ".join(self._text_of(token.children or ()).split()))
+            elif token.type == "table_open":
+                rows = []
             elif token.type == "tr_open":
-                cells = []
-            elif token.type == "tr_close":
-                more = any(cells[1:]) or not cells[0]  # else a line of text that follows at once
-                yield from [_row(cells)] if more else ["", cells[0], ""]
-            elif token.type == "tbody_open":
-                yield _row(["---"] * len(cells))
-            elif token.type == "html_block":
-                yield from (*_HTML.sub("", token.content).splitlines(), "")
+                rows.append([])
+            elif token.type == "table_close":
+                yield from (*_table(rows), "")
+            elif token.type == "html_block" and not _SCRIPT.match(token.content):
+                yield from (*_without_tags(token.content).splitlines(), "")
         yield from paragraph
+
+    def _heading(self, tokens: Sequence[Token], mark: str) -> list[str]:
+        """A line, or a paragraph that only stands above a rule."""
+        lines = self._paragraph(tokens)
+        underlined = mark in ("-", "=")
+        if underlined and (
+            "\n" in self._text_of(tokens) or (lines[-1:] and lines[-1][-1] in ".:!")
+        ):
+            return lines
+        return [f"# {line}" for line in lines]
 
     def _ended(self, line: str, block: str) -> str:
         """`To list all, run:` with the only line of the block of code below it."""
@@ -118,7 +144,7 @@ class _Unmarked:
         if _leads_on(tokens):
             return []
         lines = [line.strip() for line in self._text_of(tokens).splitlines() if line.strip()]
-        pairs = len(lines) > 1 and all(_PAIR.match(line) for line in lines)
+        pairs = len(lines) > 1 and sum(bool(_PAIR.match(line)) for line in lines) > len(lines) / 2
         return lines if pairs else [" ".join(lines)] if lines else []
 
     def _lined_up(self, token: Token) -> list[str]:
@@ -147,8 +173,12 @@ class _Unmarked:
                 out.append(self._hidden(token.content) if address else token.content)
             elif token.type in ("softbreak", "hardbreak"):
                 out.append("\n")
-            elif token.type == "html_inline" and token.content.startswith("<br"):
-                out.append(" ")
+            elif token.type == "html_inline":
+                out.append(_without_tags(token.content))
+            elif token.markup == "__" and token.type.startswith("strong"):
+                within = tokens[place - 1 : place] if token.nesting < 0 else tokens[place + 1 :]
+                named = within and re.fullmatch(r"\w+", within[0].content)
+                out.append("__" if named else "")  # a name of Python's
         text = _FOOTNOTE.sub("", _ALERT.sub("", "".join(out)))
         return _EMOJI.sub("", text)
 
@@ -160,6 +190,29 @@ class _Unmarked:
             self._code.append(code)
         place = self._places.get(code)
         return code if place is None else f"Zyloq{_letters(place)}"
+
+
+def _without_tags(text: str) -> str:
+    """Without the tags of HTML; `<name>`, where something is to be put in, stays."""
+
+    def kept(match: re.Match[str]) -> str:
+        tag = _TAG.match(match[0])
+        if tag is None or tag[1].lower() in _TAGS:
+            return " " if tag and tag[1].lower() in ("br", "li", "td", "p", "div") else ""
+        return match[0]
+
+    return _HTML.sub(kept, text)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table; a last one that has but a first cell is text that follows at once."""
+    if not rows or len(rows[0]) < 2:
+        yield from (line for row in rows for line in (*row, ""))
+        return
+    follows = len(rows) > 1 and not any(rows[-1][1:])
+    body = rows[1:-1] if follows else rows[1:]
+    yield from map(_row, (rows[0], ["---"] * len(rows[0]), *body))
+    yield from ("", rows[-1][0]) if follows else ()
 
 
 def _row(cells: Sequence[str]) -> str:

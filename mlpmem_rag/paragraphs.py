@@ -23,8 +23,10 @@ KEY_VALUE = re.compile(
 LABEL = re.compile(r"(?i:(?:\w+ )?(?:note|tip|warning|caution|notice|hint|important)s?): +")
 TERM = re.compile(
     rf"({HIDDEN.pattern}(?:(?:,| or| /|/)? {HIDDEN.pattern})*)"
-    r"(?: ?[({<\[][^)}>\]]*[)}>\]])?(?: ?[:–—]| -|(?<=[)}>\]])|(?= [A-Z][a-z]+ )) +(?=\S)"
+    r"(?P<kind> ?[({<\[][^)}>\]]*[)}>\]])?"
+    rf"(?:(?P<mark> ?[:–—]| -(?! {HIDDEN.pattern})) +| +)(?=\S)"
 )
+"""Code and, it may be of which kind, with what it means behind it."""
 ASKED = re.compile(r"(?:Q\d*[:.)] *)?([A-Z][^?]*\?)")
 ANSWERED = re.compile(r"A\d*[:.)] +")
 
@@ -61,7 +63,7 @@ def paragraphs(document: Document) -> Iterator[Paragraph]:
 
     def made(text: str, about: str = "") -> Iterator[Paragraph]:
         nonlocal asked
-        if term := TERM.match(text):
+        if term := _term(text, source):
             about, text = term[1], text[term.end() :]
         for piece in _cut(without_notes(text)):
             yield Paragraph(piece, section, about, asked, source)
@@ -77,8 +79,8 @@ def paragraphs(document: Document) -> Iterator[Paragraph]:
             described = text  # an option, and below it what it does
         elif text:
             if asked:
-                text = ANSWERED.sub("", text, count=1)
-            yield from made(LABEL.sub("", text, count=1), described)
+                text = _without(ANSWERED, text)
+            yield from made(_without(LABEL, text), described)
             described = ""
 
     lines = source.lines
@@ -87,21 +89,25 @@ def paragraphs(document: Document) -> Iterator[Paragraph]:
         line = lines[number]
         number += 1
         pair = KEY_VALUE.fullmatch(line) if len(line) < MAX_KEY_VALUE_LINE else None
-        if pair and (LABEL.match(line) or TERM.match(line)):
+        if pair and (LABEL.match(line) or _term(line, source) or _question(line)):
+            pair = None
+        if pair and asked and ANSWERED.match(line):
             pair = None
         topic = title or heading
         if named := HEADING.fullmatch(line):
             yield from close()
+            described = ""
             heading = named.group(1)
             asked = _question(heading)
             section = "" if asked or source.shown(heading) == title else heading
         elif pair and not line.rstrip().endswith("."):
             yield from close()
+            described = ""
             if pair.group(2) != topic:
                 yield from made(attribute(pair.group(1), topic, " ".join(pair.group(2).split())))
         elif table := table_at(lines, number - 1):
             yield from close()
-            asked = ""
+            asked = described = ""
             for text, about in told(table, heading or topic):
                 yield from made(text, about)
             number += table.lines - 1
@@ -120,6 +126,23 @@ def plain_title(document: Document) -> str:
         return ""
     title = plain(document.title)
     return title.shown(" ".join(title.lines).strip()) or document.title
+
+
+def _term(text: str, source: Plain) -> re.Match[str] | None:
+    """The code that a text tells the meaning of.
+
+    Without a mark behind it, only an option is one, before a capital letter, or what has a kind.
+    """
+    term = TERM.match(text)
+    if term is None or term["mark"] or (term["kind"] or "").lstrip().startswith("{"):
+        return term
+    option = source.shown(term[1]).startswith("-") and text[term.end()].isupper()
+    return term if option else None
+
+
+def _without(beginning: re.Pattern[str], text: str) -> str:
+    found = beginning.match(text)
+    return text[found.end() :] if found else text
 
 
 def _question(text: str) -> str:

@@ -16,6 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lxml.html import HtmlElement
 
 # XML is parsed into a tree forty times its size. This is the text of ten thick books; an archive
 # that grows a lot is refused well below it. One that stays small may compress as well as it likes.
@@ -44,6 +48,7 @@ _LEGACY_ENCODINGS = [
 
 _MARKDOWN_TITLE = re.compile(r"\s*#[ \t]+(?P<title>.+?)[ \t]*#*[ \t]*(?:\n|$)")
 _CODE = ("code", "kbd", "samp", "tt")
+_BLOCKS = ("br", "p", "div", "pre", "ul", "ol", "li", "dl", "table", "blockquote", "section", "h1")
 _XML_DECLARATION = re.compile(r"^\s*<\?xml [^>]*\?>")
 
 
@@ -155,7 +160,7 @@ def _render_html(html: str) -> Record:
     from inscriptis.css_profiles import CSS_PROFILES
     from inscriptis.html_engine import Inscriptis
     from inscriptis.model.config import ParserConfig
-    from lxml.etree import strip_elements
+    from lxml.etree import Comment, strip_elements, strip_tags
     from lxml.html import HTMLParser, document_fromstring
 
     html = _XML_DECLARATION.sub("", html)
@@ -164,24 +169,45 @@ def _render_html(html: str) -> Record:
     # Without huge_tree, the parser drops all text of a page nested deeper than 256, silently.
     tree = document_fromstring(html, parser=HTMLParser(huge_tree=True))
     strip_elements(tree, "script", "style", "template", "noscript", with_tail=False)
+    strip_tags(tree, Comment)
     heading = next(tree.iter("h1"), None)
     if heading is None:
         heading = next(tree.iter("title"), None)
     title = "" if heading is None else " ".join(heading.text_content().split())
-    # As in Markdown: headings and code mean something to a language model, and to writers.
-    # Line breaks are kept in a <pre>'s own text only, not in the <code> or <span> inside it.
-    for block in [*tree.iter("pre", *_CODE), *tree.find_class("literal")]:
-        code = block.text_content()
-        within = block.tag != "pre" and next(block.iterancestors("pre"), None) is None
-        marked = f"`{code.strip()}`" if within and code.strip() and "`" not in code else code
-        strip_elements(block, "*")
-        block.text = f"```\n{code.strip(chr(10))}\n```" if block.tag == "pre" else marked
-    for level in range(1, 7):
-        for block in tree.iter(f"h{level}"):
-            block.text = f"{'#' * level} {(block.text or '').lstrip()}"
+    _mark(tree)
     # The strict profile is the browsers': the relaxed one puts spaces around every <span>.
     text = Inscriptis(tree, ParserConfig(css=CSS_PROFILES["strict"])).get_text()
     return Record(text, title=title or None)
+
+
+def _mark(page: HtmlElement) -> None:
+    """Mark headings and code as Markdown does: they mean something to a language model."""
+    for block in list(page.iter("pre")):
+        for line in block.iter("br"):
+            line.tail = f"\n{line.tail or ''}"
+        code = block.text_content().strip("\n")
+        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", code)), 3)
+        # Line breaks are kept in a <pre>'s own text only, not in the <code> or <span> inside it.
+        _become(block, code if _in_a_cell(block) else f"{fence}\n{code}\n{fence}")
+    for word in [*page.iter(*_CODE), *(w for w in page.iter("span") if "literal" in w.classes)]:
+        code = word.text_content().strip()
+        if code and "`" not in code and not any(part.tag in _BLOCKS for part in word.iter()):
+            _become(word, f"`{code}`")
+    for level in range(1, 7):
+        for heading in list(page.iter(f"h{level}")):
+            text = " ".join(heading.text_content().split())
+            if text and not _in_a_cell(heading):
+                _become(heading, f"{'#' * level} {text}")
+
+
+def _become(element: HtmlElement, text: str) -> None:
+    for child in list(element):
+        element.remove(child)
+    element.text = text
+
+
+def _in_a_cell(element: HtmlElement) -> bool:
+    return next(element.iterancestors("td", "th"), None) is not None
 
 
 def _read_rst(data: bytes) -> Record:

@@ -137,7 +137,7 @@ class Words:
     def of(cls, documents: Sequence[Document]) -> Words:
         """Of these documents."""
         words = (word for document in documents for word in re.findall(r"\w+", document.text))
-        titles = ((without_brackets(d.title or "").lower(), d.text) for d in documents)
+        titles = ((without_brackets(plain_title(d)).lower(), d.text) for d in documents)
         return cls(
             frozenset(word for word in words if word.islower()),
             frozenset(title for title, text in titles if title and is_about_thing(text)),
@@ -184,7 +184,7 @@ def _of_paragraph(
         if about and not number:
             source = f"{about}: {source}"
         if paragraph.asked and not number and len(sentence) <= MAX_REPLY:
-            yield shown(paragraph.asked), shown(sentence.text.strip()), shown(source)
+            yield shown(paragraph.asked), shown(source), shown(source)
             if sentence[0].pos_ == "PRON":
                 mentions.remember(sentence, ())
                 continue  # what it stands for is in the question
@@ -338,7 +338,9 @@ def _questions(
         if role is None or (role == "subject" and _says_little(clause)):
             continue
         told_to_do = clause.head.lower_ == READER
-        if told_to_do and clause.helper in ("do", "did"):
+        aside = told_to_do and clause.helper in ("do", "did") and clause.verb.dep_ != "ROOT"
+        if aside:
+            written = True
             continue  # `after you have installed it`: nobody asks the document for that
         words = {**names, **clause.names}
         if role == "inside":

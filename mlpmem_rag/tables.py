@@ -16,6 +16,8 @@ COLUMN = re.compile(r"^\s?\S|(?<=\s\s)\S")
 PIPE = re.compile(r"(?<!\\)\|")
 RULE = re.compile(r":?-+:?")
 LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
+PLURAL = re.compile(r"(?<!news)(?<!series)(?<!species)(?<!lens)(?<!ics)(?<![aiosu]s)(?<=[a-z]s)$")
+"""A noun in the plural, by its last letters: not `address`, `bias` or `status`."""
 DONE = re.compile(
     r"(?i:founded|established|formed|incorporated|opened|closed|dissolved|abolished|built|constructed"
     r"|completed|created|designed|invented|introduced|launched|released|published|issued|signed"
@@ -83,7 +85,9 @@ def attribute(name: str, of: str, value: str) -> str:
     value = value.removesuffix(".")
     if of and DONE.fullmatch(name) and (when := DATE.fullmatch(value)):
         return f"{of} was {name.lower()} {'on' if when['day'] or when['us'] else 'in'} {value}."
-    return f"The {_noun(name)}{f' of {of}' if of else ''} is {value}."
+    noun = _noun(name)
+    verb = "are" if PLURAL.search(noun) else "is"
+    return f"The {noun}{f' of {of}' if of else ''} {verb} {value}."
 
 
 def _noun(name: str) -> str:

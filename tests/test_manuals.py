@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_rag.corpus import Document, read_corpus
+from mlpmem_rag.markup import HIDDEN
 from mlpmem_rag.paragraphs import Paragraph, paragraphs, plain_title
 from mlpmem_rag.questions import Question
 from mlpmem_rag.rules import RuleWriter
@@ -92,6 +93,70 @@ def test_a_question_in_the_text_has_the_sentence_below_it_for_an_answer(
     writer: RuleWriter, text: str
 ) -> None:
     assert ("Can I use hot water?", "No, the maximum is 38 °C.") in pairs(writer, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("He left a note: do not open the door.", "He left a note: do not open the door."),
+        ("The keynote: it was long.", "The keynote: it was long."),
+        ("Security note: keep the key.", "keep the key."),
+        ("`pip` (the installer) can get packages.", "X (the installer) can get packages."),
+        ("`x` - `y` is the difference.", "X - X is the difference."),
+        ("`git` Bash completion is there.", "X Bash completion is there."),
+    ],
+)
+def test_only_what_begins_a_paragraph_is_a_label_or_a_term(text: str, told: str) -> None:
+    (paragraph,) = paragraphs(Document("d", f"# A\n\n{text}\n", "A", "d"))
+    assert HIDDEN.sub("X", paragraph.text) == told
+
+
+def test_a_reply_is_whole(writer: RuleWriter) -> None:
+    text = "## Where is it made?\n\nIt is made in the USA. It was built there."
+    assert ("Where is it made?", "It is made in the USA.") in pairs(writer, text)
+    listed = "## How do I list all files?\n\n- `ls`: Lists files."
+    assert ("How do I list all files?", "ls: Lists files.") in pairs(writer, listed)
+    numbered = "Q1: Can I swim here?\n\nA1: Yes, in summer you can."
+    assert ("Can I swim here?", "Yes, in summer you can.") in pairs(writer, numbered)
+
+
+def test_an_option_describes_nothing_beyond_its_paragraph() -> None:
+    text = "# A\n\n- `--a`\n- `--b`\n\n## Notes\n\nDeprecated options go."
+    assert [p.about for p in paragraphs(Document("d", text, "A", "d"))] == [""]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Thank you for reading.",
+        "Welcome to the guide.",
+        "Hope this helps.",
+        "Among them are three lakes.",
+        "- `config.yml`: Edit this file first.",
+        "- `-x`: See above.",
+    ],
+)
+def test_what_is_no_instruction_is_not_retold(writer: RuleWriter, text: str) -> None:
+    retold = (" you should", "Who edits", "What edits", "What sees")
+    assert not [q for q, _ in pairs(writer, text) if any(words in q for words in retold)]
+
+
+def test_a_condition_keeps_its_words(writer: RuleWriter) -> None:
+    found = {q for q, _ in pairs(writer, "Replace the battery if the light doesn't blink.")}
+    assert "What should you replace if the light doesn't blink?" in found
+
+
+@pytest.mark.parametrize("opening", ["It overwrites", "This option overwrites", "Overwrites"])
+def test_what_an_option_is_called_where_it_is_described(writer: RuleWriter, opening: str) -> None:
+    found = pairs(writer, f"- `--force`: {opening} existing files.")
+    assert ("What overwrites existing files?", "--force") in found
+    assert not [answer for _, answer in found if answer == "Tool"]
+
+
+def test_what_the_reader_needs_is_asked(writer: RuleWriter) -> None:
+    found = {q for q, _ in pairs(writer, "You need Python 3.10 to run the server.")}
+    assert not [q for q in found if q.startswith("What you ")]
+    assert [q for q in found if q.startswith("What do you need")]
 
 
 def test_a_question_with_nothing_below_it_is_left_alone(writer: RuleWriter) -> None:

@@ -45,6 +45,50 @@ def test_blocks_of_code_go_but_for_the_line_that_a_sentence_ends_with() -> None:
     assert lines("# A\n\nRun this.\n\n    tool up\n") == ["# A", "Run this."]
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("# A\n\nReplace <name> with `__init__` and __main__, <b>now</b>.",
+         ["# A", "Replace <name> with __init__ and __main__, now."]),
+        ("    It was dark.\n\n    He said `hello` and left.\n\nThe end.",
+         ["It was dark.", "He said hello and left.", "The end."]),
+        ("Use `foo' and `bar' to do f[0](x).", ["Use `foo' and `bar' to do f[0](x)."]),
+        ("---\ntitle: A\nsidebar: 2\n---\n# B\n\nIt is.", ["# B", "It is."]),
+        ("# A\n\nIt is long.\n---\nIt goes on.", ["# A", "It is long.", "It goes on."]),
+        ("# A\n\n# ![logo](x.png)\n\nIt is.", ["# A", "It is."]),
+        ("# A\n\n<script>\nlet a = 1\n</script>\n\nIt is.", ["# A", "It is."]),
+        ("# A\n\nName: Foo\nKind: one\ntwo", ["# A", "Name: Foo", "Kind: one", "two"]),
+        ("# A\n\n" + "".join(f"{'  ' * n}- n{n}\n" for n in range(12)),
+         ["# A", *(f"n{n}" for n in range(12))]),
+        ("# A\r\n\r\nOne\fpage.\r\n", ["# A", "One page."]),
+    ],
+    ids=["tags", "indented", "quotes", "front", "rule", "logo", "script", "pairs", "deep", "ends"],
+)  # fmt: skip
+def test_nothing_that_is_said_is_lost(text: str, kept: list[str]) -> None:
+    assert lines(text) == kept
+
+
+@pytest.mark.parametrize(
+    ("table", "kept"),
+    [
+        ("| a | b |\n|-|-|\n| 1 | 2 |\n\n| c | d |\n|-|-|\n| 3 | 4 |\n\nx | y",
+         ["| a | b |", "| --- | --- |", "| 1 | 2 |", "| c | d |", "| --- | --- |", "| 3 | 4 |",
+          "x | y"]),
+        ("| Setting | |\n|-|-|\n| Depth | 9 m |",
+         ["| Setting |  |", "| --- | --- |", "| Depth | 9 m |"]),
+        ("| K | V |\n|-|-|\n| **Net** | |\n| Port | 80 |",
+         ["| K | V |", "| --- | --- |", "| Net |  |", "| Port | 80 |"]),
+        ("| a |\n|-|\n| 1 |", ["a", "1"]),
+        ("| a | b |\n|-|-|\n", ["| a | b |", "| --- | --- |"]),
+    ],
+    ids=["two", "unnamed", "group", "narrow", "empty"],
+)  # fmt: skip
+def test_tables_of_any_shape(table: str, kept: list[str]) -> None:
+    assert lines(f"# A\n\n{table}")[1:] == kept
+    blank = plain(f"# A\n\n{table}\n\nAfter.").lines
+    assert blank[blank.index("After.") - 1] == ""
+
+
 def test_a_table_of_contents_goes() -> None:
     assert lines("# A\n\n- [One](#one)\n- [Two](#two)\n- [B](b.md)\n") == ["# A", "B"]
 
@@ -91,6 +135,13 @@ def test_more_code_than_there_are_names_for_stays_in_sight() -> None:
     (line,) = filter(None, plain(text).lines)
     assert line.endswith(f" x{MOST_HIDDEN} x{MOST_HIDDEN + 1}")
     assert plain(text).shown(line) == text.replace("`", "")
+
+
+def test_no_lemmatizer_takes_letters_off_a_name() -> None:
+    text = " ".join(f"`x{number}`" for number in range(MOST_HIDDEN))
+    names = "".join(plain(text).lines).split()
+    assert len({*names}) == MOST_HIDDEN
+    assert not [n for n in names if n.endswith(("s", "ed", "ing", "er", "est", "d", "g", "t", "r"))]
 
 
 @given(st.text(alphabet="# `*_[]()|\n-:<>!ab1\\~", max_size=60))

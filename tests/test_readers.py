@@ -179,6 +179,27 @@ def test_html_is_laid_out_without_scripts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("<p>Use <code>foo<!-- -->bar</code> and <kbd>x</kbd>.</p>", "Use `foobar` and `x`."),
+        ("<p><code>a<br>b</code></p>", "a\nb"),
+        ("<code>foo<p>More text.</p><p>Second.</p></code>", "foo\n\nMore text.\n\nSecond."),
+        ("<pre>x<!-- c -->y</pre><p>After.</p>", "```\nxy\n```\n\nAfter."),
+        ("<pre>```\nx\n```</pre><p>After.</p>", "````\n```\nx\n```\n````\n\nAfter."),
+        ("<h2><div>Foo <code>bar</code></div></h2><p>x</p>", "## Foo `bar`\n\nx"),
+        ("<h2></h2><h3><img></h3><p>x</p>", "x"),
+        ("<table><tr><td><h2>Menu</h2></td><td>The sea.</td></tr></table>", "Menu  The sea."),
+        ("<table><tr><td>Do:<pre>a</pre></td><td>Red.</td></tr></table>", "Do:  Red.\na"),
+        ("<p>One <span class='literal'>--q</span> two.</p>", "One `--q` two."),
+        ("<pre class='literal'>x</pre>", "```\nx\n```"),
+    ],
+)
+def test_headings_and_code_of_a_page_are_marked(tmp_path: Path, body: str, text: str) -> None:
+    record = read_one(tmp_path, "a.html", f"<html><body>{body}</body></html>")
+    assert "\n".join(line.rstrip() for line in record.text.strip().split("\n")) == text
+
+
 def test_html_without_a_heading_takes_the_title_element(tmp_path: Path) -> None:
     record = read_one(tmp_path, "a.htm", "<title>Lakes</title><p>Deep.</p>")
     assert (record.title, record.text.strip()) == ("Lakes", "Deep.")

@@ -101,7 +101,7 @@ def test_names_of_rows_below_an_empty_corner() -> None:
 
 def test_a_cell_of_several_lines_is_one() -> None:
     text = "Harbour   Opened  Notes\nSelde     1887    Dug by hand\n                  and closed"
-    assert facts(text)[1] == "The notes of Selde is Dug by hand and closed."
+    assert facts(text)[1] == "The notes of Selde are Dug by hand and closed."
 
 
 def test_what_is_about_nothing_is_told_as_it_stands() -> None:
@@ -125,6 +125,10 @@ def test_a_long_cell_is_text_of_its_own() -> None:
         ("Speed", "1500", "The speed of Selde is 1500."),
         ("Founded", "2400", "The founded of Selde is 2400."),
         ("ISO code", "SE-1.", "The ISO code of Selde is SE-1."),
+        ("Harbour masters", "two", "The harbour masters of Selde are two."),
+        ("Class", "B", "The class of Selde is B."),
+        ("Status", "open", "The status of Selde is open."),
+        ("Physics", "hard", "The physics of Selde is hard."),
     ],
 )
 def test_what_is_said_of_a_thing(name: str, value: str, sentence: str) -> None:
