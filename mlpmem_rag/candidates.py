@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spacy.tokens import Span, Token
 
 MAX_ANSWER_TOKENS = 12
+OFTEN = ("once", "twice")  # `once a year`
 HYPHENS = ("-", "–")
 NOT_IN_FRONT = frozenset(
     ("the", "a", "an", "its", "their", "his", "her", "our", "this", "these", "those", "some")
@@ -62,7 +63,8 @@ def list_members(noun: Token) -> list[Token]:
 def _edges(sentence: Span) -> Iterator[tuple[int, int]]:
     """Start and end of what may be an answer, as yet with articles and punctuation."""
     for entity in sentence.ents:
-        yield entity.start, entity.end
+        often = [t.i for t in entity.root.lefts if t.lower_ in OFTEN]
+        yield min([entity.start, *often]), entity.end
     for chunk in sentence.noun_chunks:
         if chunk.root.pos_ != "PRON":
             yield from _edges_of_noun(chunk)
@@ -95,6 +97,8 @@ def _is_whole(token: Token) -> bool:
     """Whether a token and all that depends on it may be an answer."""
     if token.dep_ == "npadvmod" and token.pos_ == "NOUN" and token.head.pos_ in ("ADJ", "ADV"):
         return True
+    if token.lower_ == "times" and token.dep_ == "npadvmod":
+        return any(child.dep_ == "npadvmod" for child in token.rights)  # `three times a day`
     if token.dep_ == "nummod":
         return token.head.lemma_ not in _SIGNS
     if token.dep_ == "advcl":

@@ -113,6 +113,8 @@ def asked_as(answer: Span, mentions: Mentions) -> list[Asked]:
         return [Asked("how", "", answer)]
     if root.pos_ in ("VERB", "AUX"):
         return [Asked("what", "", answer)]
+    if root.lower_ == "times" and any(t.dep_ == "npadvmod" for t in root.rights):
+        return [Asked("how often", "", answer)]  # `three times a day`
     age = root.head.head if root.dep_ == "pobj" and root.head.lower_ == "of" else root
     if age.lemma_ == "age" and age.dep_ == "pobj" and age.head.lower_ == "at":
         return [Asked("at what age", "", answer.doc[age.left_edge.i : answer.end])]
@@ -205,7 +207,7 @@ def _of_time(answer: Span) -> list[tuple[str, str]]:
     text, noun = answer.text, answer.root
     if re.fullmatch(r"\d{4}", text):
         return [("what year", ""), ("when", "")]
-    if answer[0].lower_ in ("every", "each") or text.lower() in _OFTEN:
+    if answer[0].lower_ in ("every", "each", "once", "twice") or text.lower() in _OFTEN:
         return [("how often", "")]
     counted = any(
         child.dep_ == "nummod" or child.lower_ in ("several", "many", "few")
