@@ -93,3 +93,17 @@ def test_whole_documents_are_held_out_whole(tiny_backbone: Backbone, tmp_path: P
     names = {f"d{n}" for n in np.asarray(store.documents)[held_out]}
     assert set(cuts) == names
     assert {cut.learned for cut in cuts.values()} == {""}
+
+
+def test_marks_of_a_text_do_not_hide_which_sentence_answers(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    marked = [sentence.replace("the old mill", "**the old `mill`**") for sentence in SENTENCES]
+    prepared, store = rows_of(tiny_backbone, ["\n\n".join(marked)], tmp_path)
+    split = split_rows(np.asarray(store.documents), held_out=0.2, seed=0)
+    (cut,) = cut_documents(prepared, store, split).values()
+    asked = [Question("How many?", "lamps", sentence, "d0") for sentence in SENTENCES]
+    held_out = about_held_out(asked, {"d0": cut})
+    assert 3 < held_out.sum() < 30
+    assert held_out[-1]
+    assert not held_out[: -held_out.sum()].any()
