@@ -61,6 +61,16 @@ def statement(parser: Any, sentence: Span, about: str) -> str | None:  # noqa: A
     return None
 
 
+def of_section(parser: Any, sentence: Span, section: str) -> str | None:  # noqa: ANN401
+    """`Cancels the timer.` below the heading `clear()`: that is what this does."""
+    first, text = sentence[0], sentence.text
+    with_subject = f"{section} {text[:1].lower()}{text[1:]}"
+    bare = not any(child.dep_ in SUBJECTS for child in sentence.root.children)
+    if bare and first.text.endswith("s") and _is_verb(parser, with_subject, section):
+        return with_subject
+    return None
+
+
 def _instruction(sentence: Span) -> str | None:
     """`If it blinks, never use bleach.` -> `If it blinks, you should never use bleach.`."""
     root = sentence.root

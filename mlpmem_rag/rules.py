@@ -27,7 +27,7 @@ from mlpmem_rag.clauses import (
 )
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import MissingDependencyError
-from mlpmem_rag.instructions import READER, how_to, statement
+from mlpmem_rag.instructions import READER, how_to, of_section, statement
 from mlpmem_rag.markup import HIDDEN
 from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
 from mlpmem_rag.paragraphs import Paragraph, paragraphs, plain_title
@@ -189,6 +189,8 @@ def _of_paragraph(
                 mentions.remember(sentence, ())
                 continue  # what it stands for is in the question
         told = statement(parser, sentence, "" if number else about)
+        if told is None and HIDDEN.fullmatch(paragraph.section):
+            told = of_section(parser, sentence, paragraph.section)
         spoken = [sentence] if told is None else _unnamed(parser(told)).sents
         for one in spoken:
             for text, answer in sentence_questions(one, mentions):

@@ -73,6 +73,8 @@ def test_an_instruction_is_asked_for(
         ("| Option | Description | Default |\n|-|-|-|\n| `-n` | Limits the output | `20` |",
          "What is the default of -n?", "20"),
         ("`--all`\n\nShow hidden files.", "What shows hidden files?", "--all"),
+        ("## `clear()`\n\nCancels the running timer.", "What does clear() cancel?",
+         "running timer"),
     ],
 )  # fmt: skip
 def test_what_describes_an_option_is_asked_of_it(
