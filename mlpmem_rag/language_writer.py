@@ -8,6 +8,7 @@ import torch
 
 from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.corpus import Document
+from mlpmem_rag.markup import readable
 from mlpmem_rag.passages import answering_sentence, passages
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import left_padded
@@ -55,7 +56,7 @@ class LanguageModelWriter:
         self, documents: Sequence[Document], *, on_progress: OnProgress = ignore_progress
     ) -> Iterator[Question]:
         """Yield questions, document by document, none twice."""
-        todo = [(d, p) for d in documents for p in passages(d.text, PASSAGE_WORDS)]
+        todo = [(d, p) for d in documents for p in passages(readable(d.text), PASSAGE_WORDS)]
         seen: set[tuple[str, str]] = set()
         for first in range(0, len(todo), BATCH):
             for question in self._written(todo[first : first + BATCH]):

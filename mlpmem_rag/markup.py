@@ -84,6 +84,14 @@ def plain(text: str, spoken: str = "") -> Plain:
     return Plain(tuple(lines), tuple(code))
 
 
+def readable(text: str) -> str:
+    """Any text as a person reads it: without marks, with its code."""
+    if not MARKED.search(text):
+        return text
+    unmarked = plain(text)
+    return "\n".join(unmarked.shown(line).removeprefix("# ") for line in unmarked.lines).strip()
+
+
 class _Unmarked:
     """Keeps what it has hidden in `code`."""
 

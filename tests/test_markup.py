@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmem_rag.markup import HIDDEN, MOST_HIDDEN, plain
+from mlpmem_rag.markup import HIDDEN, MOST_HIDDEN, plain, readable
 
 
 def lines(text: str) -> list[str]:
@@ -135,6 +135,16 @@ def test_more_code_than_there_are_names_for_stays_in_sight() -> None:
     (line,) = filter(None, plain(text).lines)
     assert line.endswith(f" x{MOST_HIDDEN} x{MOST_HIDDEN + 1}")
     assert plain(text).shown(line) == text.replace("`", "")
+
+
+def test_a_marked_text_is_readable() -> None:
+    table = "| a | b |\n|-|-|\n| 1 | `2` |\n"
+    text = f"# The *tool*\n\nRun `tool a`, see [b](b.md).\n\n```\nx = 1\n```\n\n{table}"
+    assert readable(text).split("\n") == [
+        *("The tool", "", "Run tool a, see b.", ""),
+        *("| a | b |", "| --- | --- |", "| 1 | 2 |"),
+    ]
+    assert readable(" as it is\n * 1 * 2") == " as it is\n * 1 * 2"
 
 
 def test_no_lemmatizer_takes_letters_off_a_name() -> None:

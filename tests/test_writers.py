@@ -377,3 +377,16 @@ def test_the_base_model_writes_by_name(tiny_backbone: Backbone) -> None:
     with pytest.raises((CorpusError, ConfigError)):
         write_questions([BASE_MODEL], short, None)
     assert isinstance(writer_of(BASE_MODEL, tiny_backbone), LanguageModelWriter)
+
+
+def test_a_language_model_reads_texts_without_their_marks() -> None:
+    seen: list[str] = []
+
+    def complete(prompts: Sequence[str]) -> list[str]:
+        seen.extend(prompts)
+        return ["" for _ in prompts]
+
+    text = "# Lamp\n\nUse the **big** `--on` option, see [here](a.md)."
+    assert list(LanguageModelWriter(complete).write([Document("d", text, "Lamp", "d.md")])) == []
+    assert all("Passage: Lamp Use the big --on option, see here." in prompt for prompt in seen)
+    assert seen
