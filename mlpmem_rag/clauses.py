@@ -17,6 +17,7 @@ from mlpmem_rag.wording import past_tense, third_person, words_of
 if TYPE_CHECKING:
     from spacy.tokens import Span, Token
 
+READER = "you"
 SUBJECTS = ("nsubj", "nsubjpass", "expl", "csubj", "csubjpass")
 HELPERS = ("aux", "auxpass")
 VERBS = ("VERB", "AUX")
@@ -183,7 +184,7 @@ def _apart(token: Token, verb: Token) -> bool:
 def _condition(embedded: Token, verb: Token, subject: Token) -> bool:
     """Whether a clause says when the reader is to do what the verb says."""
     return (
-        subject.lower_ == "you"
+        subject.lower_ == READER
         and embedded.dep_ == "advcl"
         and embedded.head == verb
         and any(child.lower_ in _CONDITIONS for child in embedded.children)

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlpmem_rag.clauses import HELPERS, SUBJECTS
+from mlpmem_rag.clauses import HELPERS, READER, SUBJECTS
 from mlpmem_rag.markup import HIDDEN
 from mlpmem_rag.wording import third_person, tidy, words_of
 
 if TYPE_CHECKING:
     from spacy.tokens import Span, Token
 
-READER = "you"
 MAX_STEP = 16
 """Tokens of an answer that tells how something is done."""
 _AHEAD = ("advcl", "prep", "advmod", "npadvmod", "mark", "punct", "cc", "intj", "dep")
@@ -47,27 +46,26 @@ _FEW = 6  # tokens: `use the environment variable X.`
 _NO_STEP = ("need", "want", "wish", "like", "have", "remember", "try", "plan", "expect", "refer")
 
 
-def statement(parser: Any, sentence: Span, about: str) -> str | None:  # noqa: ANN401
+def statement(
+    parser: Any,  # noqa: ANN401  spaCy is optional
+    sentence: Span,
+    about: str,
+    section: str = "",
+) -> str | None:
     """The sentence with the subject that it goes without; None where it needs none.
 
     `about`: what it describes; nothing where it can only be the reader who is told to do it.
+    `section`: what the section describes that it stands in, if that is a name.
     """
     subject = next((t for t in sentence.root.children if t.dep_ in SUBJECTS), None)
     if subject is None:
-        return _description(parser, sentence, about) if about else _instruction(sentence)
+        told = _description(parser, sentence, about) if about else _instruction(sentence)
+        if told is None and section:
+            told = _deed(parser, section, sentence[0], _lowered(sentence.text))
+        return told
     first = sentence[0]
     if about and first.lower_ in ("it", "this") and first in (subject, *subject.children):
         return f"{about} {_text(sentence, subject.i + 1, sentence.end)}"  # `this option lists`
-    return None
-
-
-def of_section(parser: Any, sentence: Span, section: str) -> str | None:  # noqa: ANN401
-    """`Cancels the timer.` below the heading `clear()`: that is what this does."""
-    first, text = sentence[0], sentence.text
-    with_subject = f"{section} {text[:1].lower()}{text[1:]}"
-    bare = not any(child.dep_ in SUBJECTS for child in sentence.root.children)
-    if bare and first.text.endswith("s") and _is_verb(parser, with_subject, section):
-        return with_subject
     return None
 
 
@@ -94,7 +92,7 @@ def _instruction(sentence: Span) -> str | None:
         for token in sentence.doc[first.i : sentence.end]
         if token not in helpers
     )
-    return f"{lead}{READER if lead else READER.title()} should {rest[:1].lower()}{rest[1:]}"
+    return f"{lead}{READER if lead else READER.title()} should {_lowered(rest)}"
 
 
 def _description(parser: Any, sentence: Span, about: str) -> str | None:  # noqa: ANN401
@@ -102,22 +100,23 @@ def _description(parser: Any, sentence: Span, about: str) -> str | None:  # noqa
     first, text = sentence[0], sentence.text
     if first.lemma_.lower() in (*_NO_DEED, *_OF_THE_READER) or first.dep_ == "mark":
         return None
-    rest = text[:1].lower() + text[1:]
-    if first.pos_ == "PROPN" or first.text.isupper():
-        rest = text
+    rest = text if first.pos_ == "PROPN" or first.text.isupper() else _lowered(text)
     if first.tag_ in _BARE and sentence.root == first and first.lemma_ != "be":
         return f"{about} {third_person(first.lemma_.lower())}{text[len(first.text) :]}"
-    if first.text.endswith("s") and _is_verb(parser, f"{about} {rest}", about):
-        return f"{about} {rest}"
+    if told := _deed(parser, about, first, rest):
+        return told
     noun = sentence.root.pos_ in ("NOUN", "PROPN", "NUM", "ADJ")
     return f"{about} is {rest}" if noun else None
 
 
-def _is_verb(parser: Any, text: str, about: str) -> bool:  # noqa: ANN401
-    """Whether the word behind `about` is the verb of the sentence."""
-    doc = parser(text)
-    verb = next((token for token in doc if token.idx > len(about)), doc[-1])
-    return bool(verb.tag_ == "VBZ" and verb.dep_ == "ROOT")
+def _deed(parser: Any, name: str, first: Token, text: str) -> str | None:  # noqa: ANN401
+    """`cancels the timer.` behind a name, where its first word is a verb: that is what this does."""
+    if not first.text.endswith("s"):
+        return None
+    told = f"{name} {text}"
+    doc = parser(told)
+    verb = next((token for token in doc if token.idx > len(name)), doc[-1])
+    return told if verb.tag_ == "VBZ" and verb.dep_ == "ROOT" else None
 
 
 def how_to(sentence: Span, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
@@ -155,3 +154,7 @@ def _infinitive(verb: Token) -> bool:
 
 def _text(sentence: Span, start: int, end: int) -> str:
     return "".join(token.text_with_ws for token in sentence.doc[start:end])
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlpmem_rag.datastore import Datastore
-from mlpmem_rag.markup import plain
+from mlpmem_rag.markup import readable
 from mlpmem_rag.passages import holds, without_notes
 from mlpmem_rag.preparation import Prepared
 from mlpmem_rag.questions import Question
@@ -59,19 +59,13 @@ def cut_documents(prepared: Prepared, datastore: Datastore, split: Split) -> dic
         )
         document = prepared.corpus.documents[number]
         learned = document.text[: len(document.text) * before // max(1, whole)]
-        found[document.id] = Cut(_plain(learned), _plain(document.text))
+        found[document.id] = Cut(_spaced(readable(learned)), _spaced(readable(document.text)))
     return found
 
 
 def about_held_out(questions: Sequence[Question], cuts: Mapping[str, Cut]) -> npt.NDArray[np.bool_]:
     """Which questions are answered by text that is not learned. *Shape:* (M,)."""
     return np.array([q.document in cuts and cuts[q.document].holds_out(q) for q in questions], bool)
-
-
-def _plain(text: str) -> str:
-    """As writers read it: without marks."""
-    unmarked = plain(text)
-    return " ".join(without_notes(unmarked.shown(" ".join(unmarked.lines))).split())
 
 
 def _spaced(text: str) -> str:

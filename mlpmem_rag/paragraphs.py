@@ -89,9 +89,8 @@ def paragraphs(document: Document) -> Iterator[Paragraph]:
         line = lines[number]
         number += 1
         pair = KEY_VALUE.fullmatch(line) if len(line) < MAX_KEY_VALUE_LINE else None
-        if pair and (LABEL.match(line) or _term(line, source) or _question(line)):
-            pair = None
-        if pair and asked and ANSWERED.match(line):
+        reply = asked and ANSWERED.match(line)
+        if pair and (reply or LABEL.match(line) or _term(line, source) or _question(line)):
             pair = None
         topic = title or heading
         if named := HEADING.fullmatch(line):

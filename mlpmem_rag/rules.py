@@ -18,6 +18,7 @@ from mlpmem_rag.candidates import NOT_IN_FRONT, candidates, list_members
 from mlpmem_rag.clauses import (
     FINITE,
     NOUNS,
+    READER,
     SUBJECTS,
     Clause,
     clauses,
@@ -27,7 +28,7 @@ from mlpmem_rag.clauses import (
 )
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import MissingDependencyError
-from mlpmem_rag.instructions import READER, how_to, of_section, statement
+from mlpmem_rag.instructions import how_to, statement
 from mlpmem_rag.markup import HIDDEN
 from mlpmem_rag.mentions import Mentions, is_about_thing, without_brackets
 from mlpmem_rag.paragraphs import Paragraph, paragraphs, plain_title
@@ -179,6 +180,7 @@ def _of_paragraph(
     shown = paragraph.source.shown
     mentions.enter(paragraph.section)
     about = paragraph.about
+    described = paragraph.section if HIDDEN.fullmatch(paragraph.section) else ""
     for number, sentence in enumerate(_unnamed(block).sents):
         source = sentence.text.strip()
         if about and not number:
@@ -188,9 +190,7 @@ def _of_paragraph(
             if sentence[0].pos_ == "PRON":
                 mentions.remember(sentence, ())
                 continue  # what it stands for is in the question
-        told = statement(parser, sentence, "" if number else about)
-        if told is None and HIDDEN.fullmatch(paragraph.section):
-            told = of_section(parser, sentence, paragraph.section)
+        told = statement(parser, sentence, "" if number else about, described)
         spoken = [sentence] if told is None else _unnamed(parser(told)).sents
         for one in spoken:
             for text, answer in sentence_questions(one, mentions):
@@ -201,7 +201,9 @@ def _of_paragraph(
 
 def _unnamed(block: Doc) -> Doc:
     """Hidden code is no person and no place, whatever the parser takes it for."""
-    block.set_ents([entity for entity in block.ents if not HIDDEN.search(entity.text)])
+    named = [entity for entity in block.ents if not HIDDEN.search(entity.text)]
+    if len(named) < len(block.ents):
+        block.set_ents(named)
     return block
 
 

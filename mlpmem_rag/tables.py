@@ -139,9 +139,8 @@ def _aligned(lines: Sequence[str], start: int) -> Table | None:
         return None
     if any(cell.startswith(CODE) for _, *cells in rows for cell in cells):
         return None
-    if len(starts) == 2 and not DESCRIPTION.fullmatch(
-        rows[0][1]
-    ):  # which has names of its columns as often as not
+    # Two columns have names as often as not.
+    if len(starts) == 2 and not DESCRIPTION.fullmatch(rows[0][1]):
         named = tuple((name.rstrip(":= "), cell) for name, cell in rows)
         return Table(None, named, lined)
     return _table(rows[0], rows[1:], lined)
