@@ -24,20 +24,8 @@ _WITH_THE_VERB = ("aux", "neg", "advmod")
 _BARE = ("VB", "VBP")
 _PURPOSES = ("advcl", "xcomp", "acl", "relcl")
 _NO_DEED = (
-    *(
-        "see",
-        "note",
-        "let",
-        "refer",
-        "suppose",
-        "say",
-        "thank",
-        "thanks",
-        "welcome",
-        "hope",
-        "bless",
-    ),
-    *("feel", "guess", "believe"),
+    *("see", "note", "let", "refer", "suppose", "say", "thank", "thanks", "welcome"),
+    *("hope", "bless", "feel", "guess", "believe"),
 )
 _OF_THE_READER = ("use", "edit", "have", "click", "consider", "make", "please", "if", "when")
 """Verbs that tell the reader what to do with an option rather than what it does."""
@@ -110,7 +98,7 @@ def _description(parser: Any, sentence: Span, about: str) -> str | None:  # noqa
 
 
 def _deed(parser: Any, name: str, first: Token, text: str) -> str | None:  # noqa: ANN401
-    """`cancels the timer.` behind a name, where its first word is a verb: that is what this does."""
+    """`cancels the timer.` behind a name, if it begins with a verb: that is what this does."""
     if not first.text.endswith("s"):
         return None
     told = f"{name} {text}"
