@@ -27,7 +27,7 @@ class Recorder(LogitsProcessor):
     """Notes how sure the memory is of each token that is chosen greedily, and changes nothing.
 
     As a processor it comes last, and hears beforehand what the memory says. It notes how familiar
-    the requests are as well, where they are given. *Shape:* (B, Q).
+    the requests are as well, where they are given. *Shape:* (B, R).
     """
 
     def __init__(self, model: MLPMemForCausalLM, query: Tensor | None) -> None:
@@ -108,7 +108,7 @@ def answer_batch(
     max_new_tokens: int = 24,
     lambda_: float | None = None,
 ) -> list[tuple[str, Trace]]:
-    """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, Q)."""
+    """The answers that `MemoryModel.answer` gives one by one. *Shape:* vectors (N, R)."""
     window = context_window(model.base)
     asked = [conversation(tokenizer, [{"role": "user", "content": q}]) for q in questions]
     prompts = [prompt.within(max(1, window - max_new_tokens)) for prompt in asked]

@@ -29,6 +29,7 @@ from mlpmem_rag.tensors import (
     check_drafts,
     check_headers,
     check_tokens,
+    check_words,
     parse_shape,
     read_headers,
     read_tensors,
@@ -334,8 +335,12 @@ def load_memory(
     tensors = read_tensors(headers, names, prefix)
     check_tokens(tensors["corpus_tokens"], folder / WEIGHTS, num_tokens)
     check_drafts(tensors["drafts"], folder / WEIGHTS, num_tokens)
+    if config.words:
+        check_words(tensors, folder / WEIGHTS)
     # Copies: they alone would keep the whole file mapped after a cast of the weights.
-    tensors |= {name: tensors[name].clone() for name in ("corpus_tokens", "drafts")}
+    tensors |= {
+        n: tensor.clone() for n, tensor in tensors.items() if not tensor.is_floating_point()
+    }
     with torch.device("meta"):
         memory = Memory(config)
     memory.load_state_dict(tensors, assign=True)

@@ -60,17 +60,22 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """Q, width of the query vectors; 0 where no memory reads one."""
         raise NotImplementedError
 
+    @property
+    def request_size(self) -> int:
+        """R, width of the query vectors with their tokens; Q where no memory compares words."""
+        raise NotImplementedError
+
     def encode_queries(self, texts: Sequence[str]) -> Tensor:
-        """Query vectors of texts. *Shape:* B texts -> (B, Q)."""
+        """Query vectors of texts, and their tokens'. *Shape:* B texts -> (B, R)."""
         raise NotImplementedError
 
     def recall(self, query: Tensor) -> Tensor:
-        """What the memories take requests for. *Shape:* (B, Q) -> (B, R)."""
+        """What the memories take requests for. *Shape:* (B, Q) or (B, R) -> (B, P)."""
         raise NotImplementedError
 
     def place(self, query: Tensor) -> Tensor:
-        """As `recall` lays them out, taken as they are. *Shape:* (B, Q) -> (B, R)."""
-        return query
+        """As `recall` lays them out, taken as they are. *Shape:* (B, Q) or (B, R) -> (B, P)."""
+        raise NotImplementedError
 
     def mixed(
         self,
@@ -87,7 +92,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             logits: the base model's. *Shape:* (B, T, W).
             states: of each tapped layer. *Shape:* (B, T, D).
             query: what is asked, recalled, or the text before; a row of zeros where nothing is.
-                *Shape:* (B, R).
+                *Shape:* (B, P).
             lambda_: mixing weight, above 0.
             asked: whether `query` is of questions.
         """
@@ -143,8 +148,8 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache.
             logits_to_keep: as in transformers; the memory, too, runs on these positions only.
             memory_lambda: mixing weight of this call instead of the model's.
-            query_vector: what is asked, as the memory's encoder sees it; a row of zeros where
-                nothing is. *Shape:* (B, Q).
+            query_vector: what is asked, as `encode_queries` gives it, or its query vector alone; a
+                row of zeros where nothing is. *Shape:* (B, R) or (B, Q).
             query_text: what is asked, in words; one text for all rows or one for each.
             recall: False: what is given is no question but the text before: it is not taken for
                 a question that was learned, and the memory has no more say than where nothing is
@@ -244,7 +249,8 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             inputs: token ids. *Shape:* (B, T).
             *args: as in transformers.
             query_text: what is asked, in words; one text for all rows or one for each.
-            query_vector: what is asked, as the memory's encoder sees it. *Shape:* (B, Q).
+            query_vector: what is asked, as `encode_queries` gives it, or its query vector alone.
+                *Shape:* (B, R) or (B, Q).
             **kwargs: as in transformers, and `memory_lambda`.
 
         Raises:
@@ -305,7 +311,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         return self.queries_in(input_ids) if prefill else None
 
     def told(self, query: Tensor, *, recall: bool) -> Tensor:
-        """What the memories read, of a question or of text that goes on. *Shape:* -> (B, R)."""
+        """What the memories read, of a question or of text that goes on. *Shape:* -> (B, P)."""
         return self.recalled(query) if recall else self.place(query)
 
     def recalled(self, query: Tensor) -> Tensor:
@@ -318,12 +324,12 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         return last[2]
 
     def _checked(self, query_vector: Tensor, batch: int) -> Tensor:
-        """The vectors, of the right shape and on the right device. *Shape:* (B, Q)."""
-        width = self.query_size
-        if query_vector.shape != (batch, width):
+        """The vectors, of the right shape and on the right device. *Shape:* (B, Q) or (B, R)."""
+        allowed = sorted({(batch, self.query_size), (batch, self.request_size)})
+        if tuple(query_vector.shape) not in allowed:
             raise ConfigError(
                 f"query_vector has shape {tuple(query_vector.shape)}; this memory takes "
-                f"{(batch, width)}, one vector for each sequence"
+                f"{' or '.join(map(str, allowed))}, one vector for each sequence"
             )
         return query_vector.to(self.device)
 

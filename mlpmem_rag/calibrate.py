@@ -27,12 +27,13 @@ from mlpmem_rag.memory import Memory, columns_of
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids
+from mlpmem_rag.query import QueryEncoder, Vectors
 from mlpmem_rag.questions import Question, without_topic
-from mlpmem_rag.recall import question_keys
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.tap import HiddenTap
 from mlpmem_rag.windows import Window
+from mlpmem_rag.words import requests
 
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -395,11 +396,13 @@ def calibrate(
     others: Sequence[Sequence[int]],
     coverage: float,
     *,
+    encoder: QueryEncoder | None = None,
     seed: int,
 ) -> Calibration:
     """Fit gate and confidence, and measure what the memory makes of written questions.
 
-    `model` has no gate yet; `text` is of the held-out documents, `others` are `other_texts`.
+    `model` has no gate yet; `text` is of the held-out documents, `others` are `other_texts`;
+    `encoder` is needed where words are compared.
     """
     rng = np.random.default_rng(seed)
 
@@ -414,11 +417,15 @@ def calibrate(
 
     asked = np.concatenate([taught, known, unknown])
     right_answers = [answer_ids(backbone.tokenizer, questions[n].answer) for n in asked]
+    texts = [questions[n].text for n in asked]
+    vectors = study.query_vectors[asked]
+    if encoder is not None and model.memory.words is not None:
+        vectors = requests(encoder, texts, words=True)
     replies = answer_batch(
         model,
         backbone.tokenizer,
-        [questions[n].text for n in asked],
-        study.query_vectors[asked],
+        texts,
+        vectors,
         max_new_tokens=max(map(len, right_answers)) + 1,  # what goes on for longer is wrong
     )
     right = np.array(
@@ -426,7 +433,9 @@ def calibrate(
     )
     traces = [trace for _, trace in replies]
     held_out = np.arange(len(taught), len(asked))
-    nearest = nearest_answers(study, questions, split.train, known)
+    known_vectors = vectors[len(taught) : len(taught) + len(known)]
+    learned = split.train[np.isin(split.train, study.questions)]
+    nearest = nearest_answers(model.memory, known_vectors, questions, learned, known)
     figures = StudyFigures(
         questions=len(questions),
         sources=len(study.source_vectors),
@@ -470,11 +479,21 @@ def _told(
 
 
 def nearest_answers(
-    study: StudyRows, questions: Sequence[Question], taught: Numbers, asked: Numbers
+    memory: Memory,
+    vectors: Vectors,
+    questions: Sequence[Question],
+    learned: Numbers,
+    asked: Numbers,
 ) -> list[bool]:
-    """Whether the learned question nearest to each one asked has the same answer."""
-    similarity = study.query_vectors[asked] @ question_keys(study, taught).T
-    found = taught[similarity.argmax(1)]
+    """Whether the learned question nearest to each one asked has the same answer.
+
+    `learned` are those whose keys the memory has, in their order. *Shape:* vectors (N, R).
+    """
+    places = np.zeros(len(asked), np.int64)
+    if memory.config.num_questions and len(asked):
+        told = torch.from_numpy(vectors).to(memory.questions.device)
+        places = torch.cat([memory.nearest(part) for part in told.split(BATCH)]).cpu().numpy()
+    found = learned[places]
     return [
         exact_match(questions[f].answer, [questions[a].answer])
         for f, a in zip(found, asked, strict=True)

@@ -30,6 +30,8 @@ from mlpmem_rag.tensors import is_finite
 Rows = npt.NDArray[np.int64]
 BEST = "best.safetensors"
 STATE = "state.json"
+WORDS = "words."
+"""How the names of tensors begin that are looked at and not learned."""
 LAST = ("last-0.safetensors", "last-1.safetensors")
 CHECKPOINT_SECONDS = 30.0
 """Between two checkpoints of one training: three times the weights go to the disk."""
@@ -157,7 +159,7 @@ def distill(
             _checkpoint(folder, memory, optimizer, report, epoch)
             kept = time.perf_counter()
     on_progress(ProgressEvent(stage, total, total, "rows"))
-    memory.load_state_dict(load_file(folder / BEST))
+    _restore(memory, load_file(folder / BEST))
     memory.eval()
     for path in (folder / name for name in LAST):  # three times the weights, and of no more use
         path.unlink(missing_ok=True)
@@ -272,7 +274,7 @@ def _checkpoint(
 ) -> None:
     """Weights, optimiser moments and report, without pickle; the state file goes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = memory.state_dict()
+    weights = {n: t for n, t in memory.state_dict().items() if not n.startswith(WORDS)}
     if report.best_epoch == epoch:
         replace_file(folder / BEST, lambda path: save_file(weights, path))
     tensors = {f"weights.{name}": tensor for name, tensor in weights.items()}
@@ -285,6 +287,12 @@ def _checkpoint(
     replace_file(folder / file, lambda path: save_file(tensors, path))
     state = {"epoch": epoch, "file": file, **asdict(report)}
     write_json(folder / STATE, state)
+
+
+def _restore(memory: Memory, weights: dict[str, Tensor]) -> None:
+    """Take what a checkpoint has; the words, which are not learned, stay as they are."""
+    words = {n: t for n, t in memory.state_dict().items() if n.startswith(WORDS)}
+    memory.load_state_dict({**words, **weights})
 
 
 def _resume(
@@ -310,8 +318,8 @@ def _resume(
         return epoch
     tensors = load_file(folder / state["file"])
     weights = "weights."
-    memory.load_state_dict(
-        {n.removeprefix(weights): t for n, t in tensors.items() if n.startswith(weights)}
+    _restore(
+        memory, {n.removeprefix(weights): t for n, t in tensors.items() if n.startswith(weights)}
     )
     for name, parameter in memory.named_parameters():
         optimizer.state[parameter] = {

@@ -28,6 +28,7 @@ from mlpmem_rag.pieces import TextPieces
 from mlpmem_rag.prompts import Prompt
 from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.turns import Listener, Task
+from mlpmem_rag.words import requests
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Parts:
     halves: Halves
 
     def query_vectors(self, asked: Sequence[str]) -> Tensor | None:
-        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (B, Q)."""
-        return None if self.encoder is None else torch.from_numpy(self.encoder.encode(asked))
+        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (B, R)."""
+        if self.encoder is None:
+            return None
+        words = self.model.memory.words is not None
+        return torch.from_numpy(requests(self.encoder, asked, words=words))
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
         [prompt for _, _, prompt in begun], config.pad_token_id, shared=mixes
     )
     view, draft = None, []
-    if query is not None and query.shape[1] == model.query_size:
+    if query is not None and query.shape[1] in (model.query_size, model.request_size):
         view = model.told(query, recall=first.question)
     weight = _constant_weight(model, decoding, lambda_, view, asked=first.question)
     if weight is not None and weight > 0.5 and _divides(parts):

@@ -29,10 +29,11 @@ class Member:
 
 
 def view_of(settings: MemorySettings, source: Source) -> str:
-    """What the request vectors of a memory are; pooled ones differ from layer to layer."""
+    """What the requests of a memory are; pooled ones differ from layer to layer."""
     if settings.encoder == POOLED:
         return f"{POOLED} {settings.layer}"
-    return source.encoder_weights or settings.encoder
+    encoder = source.encoder_weights or settings.encoder
+    return f"{encoder} and its words" if settings.memory.words else encoder
 
 
 def open_member(
@@ -58,12 +59,16 @@ def open_member(
     return Member(settings, source, _encoder(settings, source, backbone, others)), memory
 
 
-def slices(members: Iterable[Member]) -> dict[str, slice]:
-    """Where each different encoder's vector lies in all of them side by side."""
+def slices(members: Iterable[Member], *, words: bool = False) -> dict[str, slice]:
+    """Where each different encoder's vector lies in all of them side by side.
+
+    With `words`, its requests: its tokens' vectors lie behind it, where the memory compares these.
+    """
     found: dict[str, slice] = {}
     end = 0
     for member in members:
-        size = member.settings.memory.query_size
+        shape = member.settings.memory
+        size = shape.request_size if words else shape.query_size
         if size and member.view not in found:
             found[member.view] = slice(end, end := end + size)
     return found

@@ -10,8 +10,9 @@ names are those of the published checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,14 @@ from transformers.activations import ACT2FN
 from mlpmem_rag.backbone import MLPShape
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.few_rows import Linear
+from mlpmem_rag.late_interaction import (
+    CANDIDATES,
+    WEIGHT,
+    Words,
+    WordShape,
+    request_size,
+    tokens_of,
+)
 
 PIECE = 8192
 """Keys that are compared with a request at once."""
@@ -46,6 +55,10 @@ class MemoryConfig:
         num_questions: M, learned questions that are known by their keys; see `mlpmem_rag.recall`.
         recalls: whether requests are taken for these; see `Memory.recall`.
         draft_size: K, tokens that are kept of these questions' answers; see `Memory.drafts`.
+        num_question_tokens: of these questions that are kept, 0: no word of theirs; see
+            `mlpmem_rag.late_interaction`.
+        num_sentences: S, that answer these questions.
+        num_sentence_tokens: of all these that are kept.
         norm_eps: added to variances in the norms.
         inner_size: width that hidden states are first mapped to, as in published checkpoints whose
             memory is not as wide as the base; 0: they are taken as they are.
@@ -62,6 +75,9 @@ class MemoryConfig:
     num_questions: int = 0
     recalls: bool = False
     draft_size: int = 0
+    num_question_tokens: int = 0
+    num_sentences: int = 0
+    num_sentence_tokens: int = 0
     norm_eps: float = 1e-5
     inner_size: int = 0
 
@@ -69,6 +85,24 @@ class MemoryConfig:
     def width(self) -> int:
         """Width of the residual stream: D + Q, with the inner width for D where there is one."""
         return (self.inner_size or self.hidden_size) + self.query_size
+
+    @property
+    def words(self) -> WordShape | None:
+        """Of the learned questions, that requests are compared with; None: there are none."""
+        if not (self.recalls and self.num_question_tokens):
+            return None
+        return WordShape(self.num_question_tokens, self.num_sentences, self.num_sentence_tokens)
+
+    @property
+    def request_size(self) -> int:
+        """R, width of a request: its query vector, and its tokens' where words are compared."""
+        return request_size(self.query_size) if self.words else self.query_size
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What decides how it learns: all but the words, which are looked at afterwards only."""
+        fields = asdict(self)
+        return {n: v for n, v in fields.items() if n not in asdict(WordShape(0, 0, 0))}
 
 
 def derive_config(
@@ -82,6 +116,7 @@ def derive_config(
     num_questions: int = 0,
     recalls: bool = False,
     draft_size: int = 0,
+    words: WordShape | None = None,
 ) -> MemoryConfig:
     """The memory that belongs to a base model, a corpus vocabulary and a size.
 
@@ -102,6 +137,7 @@ def derive_config(
         num_questions=num_questions,
         recalls=recalls,
         draft_size=draft_size,
+        **(asdict(words) if words else {}),
     )
 
 
@@ -199,6 +235,8 @@ class Memory(nn.Module):
         self.register_buffer("questions", torch.zeros(shape))
         drafts = torch.full((config.num_questions, config.draft_size), -1, dtype=torch.int32)
         self.register_buffer("drafts", drafts)
+        words = config.words
+        self.words = Words(config.query_size, config.num_questions, words) if words else None
 
     def forward(self, hidden: Tensor, query: Tensor | None = None) -> Tensor:
         """Logits; without a query vector, a query-aware memory takes that no request is known.
@@ -234,38 +272,59 @@ class Memory(nn.Module):
         """Whether requests are taken for learned questions."""
         return bool(self.config.num_questions and self.config.recalls)
 
+    def place(self, query: Tensor) -> Tensor:
+        """The query vectors of requests, without their tokens. *Shape:* (B, R) -> (B, Q)."""
+        width = self.config.query_size
+        return query if query.shape[1] == width else query[:, :width]
+
     def nearest(self, query: Tensor) -> Tensor:
-        """Number of the learned question that each request comes nearest to. *Shape:* -> (B,)."""
+        """Number of the learned question that each request comes nearest to.
+
+        By its key; where the request brings its tokens, by the words of the first few as well.
+        *Shape:* (B, Q) or (B, R) -> (B,).
+        """
         # In bfloat16 whole numbers of keys agree alike: products of it are taken in float32.
-        pieces = self.questions.split(PIECE)
-        agreement = torch.cat([query.float() @ keys.float().T for keys in pieces], dim=-1)
-        return agreement.masked_fill(agreement == 0, -torch.inf).argmax(-1)  # 0: a free place
+        told = self.place(query).float()
+        agreement = torch.cat([told @ keys.float().T for keys in self.questions.split(PIECE)], -1)
+        agreement = agreement.masked_fill(agreement == 0, -torch.inf)  # 0: a free place
+        if self.words is None or query.shape[1] == self.config.query_size:
+            return agreement.argmax(-1)
+        near, numbers = agreement.topk(min(CANDIDATES, agreement.shape[-1]), dim=-1)  # (B, K)
+        tokens = tokens_of(query, self.config.query_size)
+        best = (near + WEIGHT * self.words.agreement(tokens, numbers)).argmax(-1, keepdim=True)
+        return numbers.gather(-1, best).squeeze(-1)
 
     def recall(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:
         """The learned question that each request comes nearest to, as the blocks were taught it.
 
         A row of zeros, where nothing is asked, stays one; a memory of no questions, or that does
         not recall, takes requests as they are. `nearest` is given where it is known.
-        *Shapes:* (B, Q), (B,) -> (B, Q).
+        *Shapes:* (B, R), (B,) -> (B, Q).
         """
+        told = self.place(query)
         if not self.recalls:
-            return query
+            return told
         nearest = self.nearest(query) if nearest is None else nearest
-        return torch.where(query.ne(0).any(-1, keepdim=True), self.questions[nearest], 0.0)
+        return torch.where(told.ne(0).any(-1, keepdim=True), self.questions[nearest], 0.0)
 
-    def familiarity(self, query: Tensor, recalled: Tensor | None = None) -> list[float]:
+    def familiarity(self, query: Tensor, nearest: Tensor | None = None) -> list[float]:
         """How near each request is to a question learned; 0 for a memory of no questions.
 
-        The cosine; `recalled` is what `recall` has made of it, where that is known.
-        *Shapes:* (B, Q) -> B numbers, -1 to 1.
+        The cosine to its key, and the agreement of words where these are compared, weighted as for
+        the choice. `nearest` is given where it is known.
+        *Shapes:* (B, R), (B,) -> B numbers, -1 to 1.
         """
         if not self.config.num_questions:
             return [0.0] * len(query)
-        if recalled is None or not self.config.recalls:
-            recalled = self.questions[self.nearest(query)]
-        nearest = recalled.float()
-        cosines: list[float] = F.cosine_similarity(query.to(nearest), nearest).tolist()
-        return cosines
+        nearest = self.nearest(query) if nearest is None else nearest
+        keys = self.questions[nearest].float()
+        agreement = F.cosine_similarity(self.place(query).to(keys), keys)
+        if self.words is not None and query.shape[1] > self.config.query_size:
+            tokens = tokens_of(query, self.config.query_size)
+            words = self.words.agreement(tokens, nearest[:, None])[:, 0]
+            agreement = (agreement + WEIGHT * words) / (1 + WEIGHT)
+        numbers: list[float] = agreement.tolist()
+        return numbers
 
     def log_probs(
         self, hidden: Tensor, query: Tensor | None = None, temperature: float = 1.0

@@ -370,7 +370,7 @@ class MemoryModel:
         return found[0]
 
     def query_vector(self, asked: str) -> Tensor | None:
-        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, Q)."""
+        """What is being asked, as the memory sees it; None: it sees nothing. *Shape:* (1, R)."""
         return self._parts().query_vectors([asked])
 
     def become(self, other: MemoryModel) -> None:

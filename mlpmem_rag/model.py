@@ -30,10 +30,12 @@ from mlpmem_rag.errors import ArtifactError, ConfigError
 from mlpmem_rag.gate import Gate
 from mlpmem_rag.hardware import resolve_device, resolve_dtype
 from mlpmem_rag.integrity import Verify, verify_mode
+from mlpmem_rag.late_interaction import Words
 from mlpmem_rag.load_options import refuse_other_memory, refuse_quantization, taken_options
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.mixing import asks, check_lambda, check_temperature, mix
 from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
+from mlpmem_rag.words import requests
 
 
 class MLPMemForCausalLM(AugmentedLM):
@@ -86,6 +88,9 @@ class MLPMemForCausalLM(AugmentedLM):
             init.copy_(module.corpus_tokens, torch.arange(module.config.vocab_size))
             init.zeros_(module.questions)
             init.constant_(module.drafts, -1)
+        if isinstance(module, Words):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
 
     @property
     def query_size(self) -> int:
@@ -129,7 +134,7 @@ class MLPMemForCausalLM(AugmentedLM):
         return Backbone(self.base, self.tokenizer, self.config.layer, reference)
 
     def encode_queries(self, texts: Sequence[str]) -> Tensor:
-        """Query vectors of texts. *Shape:* B texts -> (B, Q).
+        """Requests: query vectors of texts, and their tokens'. *Shape:* B texts -> (B, R).
 
         Raises:
             ConfigError: the memory reads no query vector, or its encoder is not known.
@@ -140,10 +145,20 @@ class MLPMemForCausalLM(AugmentedLM):
                 f"this memory has no query encoder (encoder {self.config.encoder!r}); "
                 "pass query_vector, or set model.query_encoder"
             )
-        return torch.from_numpy(encoder.encode(list(texts))).to(self.device)
+        words = self.memory.words is not None
+        return torch.from_numpy(requests(encoder, list(texts), words=words)).to(self.device)
+
+    @property
+    def request_size(self) -> int:
+        """See `MemoryConfig.request_size`."""
+        return self.memory.config.request_size
+
+    def place(self, query: Tensor) -> Tensor:
+        """See `Memory.place`. *Shape:* (B, R) -> (B, Q)."""
+        return self.memory.place(query)
 
     def recall(self, query: Tensor) -> Tensor:
-        """See `Memory.recall`. *Shape:* (B, Q) -> (B, Q)."""
+        """See `Memory.recall`. *Shape:* (B, R) -> (B, Q)."""
         if not self.memory.recalls or torch.compiler.is_compiling():
             return self.memory.recall(query)
         nearest = self.memory.nearest(query)
@@ -153,7 +168,7 @@ class MLPMemForCausalLM(AugmentedLM):
     def draft(self, query: Tensor) -> list[int]:
         """How the answer to a request may begin: as that to the question it is recalled as.
 
-        Nothing where it is not known. *Shape:* (1, Q) -> at most K token ids.
+        Nothing where it is not known. *Shape:* (1, R) -> at most K token ids.
         """
         self.recalled(query)
         found = self._found  # another thread may put its own there
@@ -163,9 +178,12 @@ class MLPMemForCausalLM(AugmentedLM):
         return tokens[: tokens.index(-1)] if -1 in tokens else tokens
 
     def familiarity(self, query: Tensor) -> list[float]:
-        """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, Q)."""
+        """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, R)."""
         told = query.to(self.device)
-        return self.memory.familiarity(told, self.recalled(told) if self.query_size else None)
+        if self.query_size:
+            self.recalled(told)
+        found = self._found  # another thread may put its own there
+        return self.memory.familiarity(told, found[1] if found and found[0] is told else None)
 
     def mixed(
         self,

@@ -341,7 +341,7 @@ def _study(
     learned = split.train, held_out.train
     memory, distilled = stages.learn(datastore, targets, studied, *learned, first)
     calibration, perplexity = stages.calibrate(
-        memory, datastore, neighbors, studied, split, held_out, tau
+        memory, datastore, neighbors, studied, split, held_out, encoder, tau
     )
 
     # The memory that is kept learns the rest as well, as often as it has learned these.

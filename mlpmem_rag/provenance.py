@@ -102,7 +102,7 @@ class Provenance:
         Args:
             hidden: the states before each token of the answer. *Shape:* (n, D).
             tokens: the answer. *Shape:* (n,).
-            query: what was asked, as the encoder sees it. *Shape:* (Q,).
+            query: what was asked, as the encoder sees it. *Shape:* (R,).
             memory: what was trained on these rows; tells how it sees them.
         """
         asked = None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from mlpmem_rag.backbone import Backbone
 from mlpmem_rag.datastore import length_buckets, pad
 from mlpmem_rag.embedded import MINILM, embedded_model_path
 from mlpmem_rag.errors import ArtifactError, ConfigError
+from mlpmem_rag.hardware import has_bfloat16
 from mlpmem_rag.windows import Window
 
 if TYPE_CHECKING:
@@ -66,6 +68,32 @@ class SentenceEncoder:
             list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
         )
         return np.asarray(vectors, dtype=np.float32).reshape(-1, self.size)
+
+    def encode_tokens(self, texts: Sequence[str]) -> tuple[Vectors, list[Vectors] | None]:
+        """What `encode` gives, and the vectors of each text's tokens, of length 1, too.
+
+        The model's own marks are left out. None for a model that shows no tokens.
+        *Shapes:* N texts -> (N, Q), N times (T_n, Q').
+        """
+        # One dictionary a text, whatever the annotation says of it.
+        found: Any = self.model.encode(
+            list(texts),
+            batch_size=128,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+            output_value=None,
+        )
+        vectors = [text["sentence_embedding"].float().cpu().numpy() for text in found]
+        out = np.asarray(vectors, dtype=np.float32).reshape(-1, self.size)
+        if not all("token_embeddings" in text and "input_ids" in text for text in found):
+            return out, None
+        marks = torch.tensor(self.model.tokenizer.all_special_ids)
+        tokens: list[Vectors] = []
+        for text in found:
+            words = torch.isin(text["input_ids"].cpu(), marks, invert=True)
+            unit = torch.nn.functional.normalize(text["token_embeddings"].float().cpu(), dim=-1)
+            tokens.append(unit[words & text["attention_mask"].cpu().bool()].numpy())
+        return out, tokens
 
     def save(self, folder: Path) -> None:
         """Write the model, as safetensors and JSON, where `load_encoder` can take it from."""
@@ -195,6 +223,17 @@ def check_encoder(encoder: QueryEncoder | None, name: str, width: int) -> None:
         )
 
 
+def quickened(encoder: QueryEncoder) -> AbstractContextManager[object]:
+    """While many texts are encoded: in bfloat16, where the processor has units for it.
+
+    Their vectors are kept in half precision. A single text gains nothing.
+    """
+    if not isinstance(encoder, SentenceEncoder):
+        return nullcontext()
+    device = torch.device(encoder.model.device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
 def encoded(
     encoder: QueryEncoder | None,
     texts: Sequence[str],
@@ -209,7 +248,8 @@ def encoded(
         return vectors
     for start in range(0, len(texts), PIECE):
         piece = texts[start : start + PIECE]
-        vectors[start : start + len(piece)] = encoder.encode(piece)
+        with quickened(encoder):
+            vectors[start : start + len(piece)] = encoder.encode(piece)
         if on_done is not None:
             on_done(start + len(piece))
     return vectors

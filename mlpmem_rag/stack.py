@@ -36,6 +36,7 @@ from mlpmem_rag.members import Member, open_member, slices
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.mixing import Share, asks, check_lambda, gated_weight, mixture
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory, keep_weights, load_model
+from mlpmem_rag.words import requests
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -153,23 +154,41 @@ class MemoryStack(AugmentedLM):
         """Q: the vectors of all different encoders, one after the other."""
         return max((part.stop for part in slices(self._members.values()).values()), default=0)
 
+    @property
+    def request_size(self) -> int:
+        """R: the requests of all different encoders, one after the other."""
+        views = slices(self._members.values(), words=True).values()
+        return max((part.stop for part in views), default=0)
+
     def encode_queries(self, texts: Sequence[str]) -> Tensor:
-        """Query vectors of texts, as each different encoder sees them. *Shape:* (B, Q)."""
-        encoders = {m.view: m.encoder for m in self._members.values() if m.encoder}
-        views = [torch.from_numpy(encoder.encode(list(texts))) for encoder in encoders.values()]
+        """Query vectors of texts, as each different encoder sees them, and their tokens'.
+
+        *Shape:* B texts -> (B, R).
+        """
+        members = {m.view: m for m in self._members.values()}
+        views = [
+            torch.from_numpy(requests(m.encoder, list(texts), words=bool(m.settings.memory.words)))
+            for m in members.values()
+            if m.encoder
+        ]
         return torch.cat(views, dim=1).to(self.device)
 
     def recall(self, query: Tensor) -> Tensor:
-        """As each memory does for itself, one after the other. *Shape:* (B, Q) -> (B, R)."""
-        placed = self.place(query)
-        places = self._places().items()
-        return torch.cat([self._memory(n).recall(placed[:, part]) for n, part in places], dim=1)
+        """As each memory does for itself, one after the other. *Shape:* (B, R) -> (B, P)."""
+        told = self._told(query).items()
+        return torch.cat([self._memory(name).recall(view) for name, view in told], dim=1)
 
     def place(self, query: Tensor) -> Tensor:
-        """What each memory is told, one after the other. *Shape:* (B, Q) -> (B, R)."""
-        views = slices(self._members.values())
-        reading = [m for m in self._members.values() if m.settings.memory.query_size]
-        return torch.cat([query[:, views[member.view]] for member in reading], dim=1)
+        """What each memory is told, one after the other. *Shape:* (B, R) -> (B, P)."""
+        told = self._told(query).items()
+        return torch.cat([self._memory(name).place(view) for name, view in told], dim=1)
+
+    def _told(self, query: Tensor) -> dict[str, Tensor]:
+        """The requests as the encoder of each memory that reads any sees them."""
+        members = self._members.items()
+        views = slices(self._members.values(), words=query.shape[1] != self.query_size)
+        reading = {name: m.view for name, m in members if m.settings.memory.query_size}
+        return {name: query[:, views[view]] for name, view in reading.items()}
 
     def mixes(self, lambda_: float) -> bool:
         """Whether a memory has any weight at this one."""

@@ -22,6 +22,7 @@ from mlpmem_rag.backbone import Backbone, Prefix
 from mlpmem_rag.behind import behind
 from mlpmem_rag.datastore import finite, key_source, on_host
 from mlpmem_rag.errors import ConfigError
+from mlpmem_rag.late_interaction import WordRows
 from mlpmem_rag.notes import Notes
 from mlpmem_rag.processes import ALONE, Team
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
@@ -82,13 +83,15 @@ def study_rows(
     encoder: QueryEncoder | None,
     questions: Sequence[Question],
     *,
+    words: WordRows | None = None,
     folder: Path | None = None,
     team: Team = ALONE,
     on_progress: OnProgress = ignore_progress,
 ) -> StudyRows:
     """Ask the base model every question and note its states along the right answer.
 
-    A question too long for the context window is left without rows. With a folder, keys are written
+    A question too long for the context window is left without rows. Vectors are taken from `words`,
+    where these are there. With a folder, keys are written
     to a file there as they come and mapped from it, so that memory does not grow with them; a call
     that was interrupted goes on where it last took note. The processes of a team need one: they
     take batches by turns and write into the same file, which is that of one process.
@@ -138,8 +141,10 @@ def study_rows(
         notes.finish([keys])
     distinct = list(dict.fromkeys(question.source for question in questions))
     number_of = {source: number for number, source in enumerate(distinct)}
-    query_vectors, source_vectors = _vectors(
-        encoder, [question.text for question in questions], distinct, on_progress
+    query_vectors, source_vectors = (
+        _vectors(encoder, [question.text for question in questions], distinct, on_progress)
+        if words is None
+        else (words.query_vectors, words.source_vectors)
     )
     return StudyRows(
         keys=keys,

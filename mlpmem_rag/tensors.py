@@ -17,7 +17,7 @@ from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory import Memory, MemoryConfig
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-INTEGERS = {torch.int32: ("I32",), torch.int64: ("I64",)}
+INTEGERS = {torch.int8: ("I8",), torch.int32: ("I32",), torch.int64: ("I64",)}
 _LIMITS = {
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**22),
@@ -26,6 +26,9 @@ _LIMITS = {
     "query_size": (0, 2**20),
     "num_questions": (0, 2**24),
     "draft_size": (0, 2**12),
+    "num_question_tokens": (0, 2**30),
+    "num_sentences": (0, 2**24),
+    "num_sentence_tokens": (0, 2**30),
     "inner_size": (0, 2**20),
 }
 """Far beyond any model there is; a folder that says more would only cost memory and time."""
@@ -60,6 +63,12 @@ def parse_shape(values: dict[str, Any]) -> MemoryConfig:
         raise ValueError(f"memory.gated {config.gated!r}, memory.activation {config.activation!r}")
     if type(config.recalls) is not bool:
         raise ValueError(f"memory.recalls {config.recalls!r}, allowed are true and false")
+    kept = (config.num_question_tokens, config.num_sentences, config.num_sentence_tokens)
+    if any(kept) and not (all(kept) and config.recalls and config.num_questions):
+        raise ValueError(
+            f"memory.num_question_tokens, num_sentences and num_sentence_tokens are {kept}, "
+            "allowed are all 0, or all above 0 for a memory that recalls questions"
+        )
     return config
 
 
@@ -181,6 +190,28 @@ def check_drafts(drafts: Tensor, where: Path, num_tokens: int | None) -> None:
         raise ArtifactError(
             f"{where}: drafts go from {low} to {high}, allowed are the base model's "
             f"{num_tokens or ''} token ids, and -1 for none; train again"
+        )
+
+
+def check_words(tensors: dict[str, Tensor], where: Path) -> None:
+    """Refuse words that lie outside the tables that hold them.
+
+    Raises:
+        ArtifactError: ends that fall, or lie behind a table; a sentence that there is not.
+    """
+    for kind in ("question", "sentence"):
+        ends, codes = tensors[f"words.{kind}_ends"], tensors[f"words.{kind}_tokens"]
+        if int(ends[0]) < 0 or int(ends[-1]) > len(codes) or bool((ends[1:] < ends[:-1]).any()):
+            raise ArtifactError(
+                f"{where}: words.{kind}_ends are not ascending numbers up to {len(codes)}; train "
+                "again"
+            )
+    sentences = len(tensors["words.sentence_ends"])
+    low, high = (int(value) for value in tensors["words.sources"].aminmax())
+    if low < 0 or high >= sentences:
+        raise ArtifactError(
+            f"{where}: words.sources go from {low} to {high}, there are {sentences} sentences; "
+            "train again"
         )
 
 

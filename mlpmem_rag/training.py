@@ -45,6 +45,7 @@ from mlpmem_rag.heldout import (
     score_base,
     tune,
 )
+from mlpmem_rag.late_interaction import WordRows
 from mlpmem_rag.learned_text import about_held_out, cut_documents
 from mlpmem_rag.lessons import Columns, Curriculum, StudyLesson, TextLesson
 from mlpmem_rag.memory import Memory, derive_config, new_memory
@@ -80,6 +81,7 @@ from mlpmem_rag.storage import write_json
 from mlpmem_rag.study import StudyRows, study_rows
 from mlpmem_rag.targets import Targets, build_targets, teacher_probability
 from mlpmem_rag.windows import TokenArray
+from mlpmem_rag.words import WORDS_KEY, open_words, save_words, word_rows
 from mlpmem_rag.writers import write_questions
 
 STAGES = (
@@ -89,6 +91,7 @@ STAGES = (
     "base",
     "questions",
     "encoder",
+    "words",
     "study",
     "distil",
     "calibration",
@@ -119,6 +122,7 @@ class Studied:
     questions: list[Question]
     rows: StudyRows
     contexts: Contexts
+    words: WordRows | None = None
 
     @cached_property
     def alike(self) -> bool:
@@ -341,6 +345,7 @@ class Stages:
     def study(self, questions: list[Question], encoder: QueryEncoder | None) -> Studied:
         """The base model's states along the answers, and the vectors of questions and text."""
         prepared = self._prepared
+        words = self._words(questions, encoder)
         key = self._after("encoder", self._keys["datastore"], asking_key(prepared))
         with self._stage("study", key, shared=True) as (folder, done):
             if not done:
@@ -348,6 +353,7 @@ class Stages:
                     prepared.backbone,
                     encoder,
                     questions,
+                    words=words,
                     folder=folder,
                     team=self._team,
                     on_progress=self._on_progress,
@@ -357,7 +363,20 @@ class Stages:
                     tokenizer = prepared.backbone.tokenizer
                     encode_contexts(encoder, tokenizer, prepared.windows).save(folder)
                 self._team.wait()
-            return Studied(questions, StudyRows.open(folder), Contexts.open(folder))
+            rows, contexts = StudyRows.open(folder), Contexts.open(folder)
+        return Studied(questions, rows, contexts, words)
+
+    def _words(self, questions: list[Question], encoder: QueryEncoder | None) -> WordRows | None:
+        """Vectors of the questions, of what answers them, and of all their words.
+
+        None for an encoder that shows no words.
+        """
+        with self._stage("words", self._after("encoder", WORDS_KEY)) as (folder, done):
+            if not done:
+                rows = word_rows(encoder, questions, on_progress=self._on_progress)
+                if rows is not None:
+                    save_words(rows, folder)
+            return open_words(folder)
 
     def split_questions(
         self, questions: list[Question], datastore: Datastore, split: Split
@@ -389,7 +408,7 @@ class Stages:
         config = self._config
         memory = self._blank(datastore, studied)
         rows = curriculum_rows(datastore, studied, text_rows, questions)
-        shape = asdict(memory.config)
+        shape = memory.config.learned
         settings = (asdict(schedule), asdict(config.study), config.alpha, shape)
         key = self._after("targets", self._keys["study"], settings, len(text_rows))
         self._familiarise(memory, studied, questions)
@@ -411,11 +430,15 @@ class Stages:
         studied: Studied,
         split: Split,
         held_out: QuestionSplit,
+        encoder: QueryEncoder | None,
         tau: float,
     ) -> tuple[Calibration, Perplexities]:
         """Gate and confidence from what was held out, figures from the test documents."""
         prepared = self._prepared
-        with self._stage("calibration", self._after("distil")) as (folder, done):
+        with self._stage("calibration", self._after("distil", self._keys["words"])) as (
+            folder,
+            done,
+        ):
             path = folder / "calibration.json"
             if not done:
                 backbone, windows = prepared.backbone, prepared.windows
@@ -432,6 +455,7 @@ class Stages:
                     validation,
                     self._other_texts,
                     answer_coverage(studied.questions, prepared.corpus.documents),
+                    encoder=encoder,
                     seed=self._config.seed,
                 )
                 perplexity = _perplexity(
@@ -547,12 +571,13 @@ class Stages:
             num_questions=len(studied.questions) if studied and self._encoder else 0,
             recalls=bool(studied and recalls),
             draft_size=longest_draft(studied.rows) if studied and recalls else 0,
+            words=studied.words.shape if studied and studied.words else None,
         )
         head = output_embedding(backbone.model, tokens)
         return new_memory(memory_config, tokens, head, seed=config.seed).to(backbone.device)
 
     def _familiarise(self, memory: Memory, studied: Studied, questions: Rows) -> None:
-        """Keys of the questions that the memory is going to learn: of those that have rows."""
+        """Keys and words of the questions that the memory is going to learn, if they have rows."""
         if not memory.config.num_questions:
             return
         taught = questions[np.isin(questions, studied.rows.questions)]
@@ -562,6 +587,8 @@ class Stages:
         drafts = answer_drafts(studied.rows, taught, memory.config.draft_size)
         memory.drafts.fill_(-1)
         memory.drafts[: len(drafts)] = torch.from_numpy(drafts)
+        if memory.words is not None and studied.words is not None:
+            memory.words.know(studied.words, taught, studied.rows.sources)
 
     def _columns(self, memory: Memory) -> Columns:
         return Columns(memory, self._prepared.backbone.reference.vocab_size)

@@ -43,6 +43,7 @@ from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import PooledEncoder
 from mlpmem_rag.questions import Question, without_topic
+from mlpmem_rag.recall import question_keys
 from mlpmem_rag.scoring import exact_match
 from mlpmem_rag.study import StudyRows, study_rows
 from mlpmem_rag.windows import Window, make_windows, tokenize
@@ -327,6 +328,8 @@ def test_the_nearest_question_by_brute_force() -> None:
     sources, ints = np.eye(2, 8, dtype=np.float32), rng.integers(2, size=60).astype(np.int32)
     study = StudyRows(np.zeros((0, 4), np.float16), ints[:0], ints[:0], vectors, sources, ints)
     taught, asked = np.arange(5, 45), np.arange(45, 60)
+    memory = Memory(MemoryConfig(4, 8, 0, "silu", True, 3, query_size=8, num_questions=55))
+    memory.questions[:40] = torch.from_numpy(question_keys(study, taught))
 
     def key(number: np.int64) -> npt.NDArray[np.float32]:
         whole: npt.NDArray[np.float32] = vectors[number] + sources[ints[number]] / 2
@@ -336,7 +339,7 @@ def test_the_nearest_question_by_brute_force() -> None:
     for a in asked:
         nearest = max(taught, key=lambda t: float(vectors[a] @ key(t)))
         expected.append(exact_match(answers[nearest], [answers[a]]))
-    found = nearest_answers(study, questions, taught, asked)
+    found = nearest_answers(memory, vectors[asked], questions, taught, asked)
     assert found == expected
     assert len(set(found)) == 2
 
@@ -481,7 +484,8 @@ def test_its_figures_equal_a_count_of_the_answers(
     assert figures.taught == right(split.train)
     assert figures.held_out == right(split.known)
     assert figures.unknown == right(split.unknown)
-    nearest = nearest_answers(llama.study, QUESTIONS, split.train, split.known)
+    vectors = llama.study.query_vectors[split.known]
+    nearest = nearest_answers(llama.model.memory, vectors, QUESTIONS, split.train, split.known)
     assert figures.nearest == sum(nearest) / 2
     assert (calibration.confidence, figures.confidence_auroc) == (None, None), "all were wrong"
 

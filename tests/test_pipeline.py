@@ -771,7 +771,8 @@ def test_the_memory_that_is_kept_does_other_text_no_harm(learned: Run) -> None:
         (other.p_base.log() - other.mixed(g, 1.0, asked=False).log()).mean().exp().item()
         for g in (gate, Calibration.from_dict(values).gate)
     ]
-    assert harm[0] == pytest.approx(calibrate.MAX_HARM, abs=1e-4)
+    rounded = backbone.model.dtype == torch.bfloat16  # as the memory was not when it was measured
+    assert harm[0] == pytest.approx(calibrate.MAX_HARM, abs=1e-3 if rounded else 1e-4)
     assert harm[1] > 2 * calibrate.MAX_HARM - 1
 
 
