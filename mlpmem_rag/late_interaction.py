@@ -3,7 +3,9 @@
 One vector says what a request is about, and less of which words it has. So the few questions that
 come nearest by their keys are compared word by word, as ColBERT compares passages (Khattab and
 Zaharia, arXiv 2004.12832, equation 3): every token of the request takes the likeness of the token
-most like it, here in a learned question or in the sentence that answers it, whichever is more.
+most like it, here in a learned question or in the sentence that answers it, whichever is more. The
+first token, which mostly says what is asked for, is looked for in the question alone and counts
+twice.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ CANDIDATES = 16
 """Questions nearest by their keys that are compared word by word."""
 WEIGHT = 2.0
 """Of the agreement of words, beside that of keys."""
+FIRST_WEIGHT = 2.0
+"""Of the first word of a request among its words."""
 REQUEST_TOKENS, QUESTION_TOKENS, SENTENCE_TOKENS = 32, 32, 96
 """That are looked at. Of a request the last, where people ask; of others the first."""
 SCALE = 127
@@ -148,6 +152,8 @@ class Words(nn.Module):
     def agreement(self, asked: Tensor, numbers: Tensor) -> Tensor:
         """Mean likeness of a request's tokens to the best of each question and its sentence.
 
+        Weighted: the first token has `FIRST_WEIGHT`, and its best is of the question.
+
         Args:
             asked: tokens of each request, as the encoder has them; rows of zeros where there are
                 no more. *Shape:* (B, L, Q).
@@ -165,9 +171,11 @@ class Words(nn.Module):
         in_sentence = _best(
             words, self.sentence_tokens, self.sentence_ends, sources, SENTENCE_TOKENS
         )
-        there = asked.ne(0).any(-1, keepdim=True)  # (B, L, 1)
-        best = torch.maximum(in_question, in_sentence).masked_fill(~there, 0.0)
-        return best.sum(1) / there.sum(1).clamp_min(1)
+        best = torch.maximum(in_question, in_sentence)
+        best[:, 0] = in_question[:, 0]
+        weights = asked.ne(0).any(-1, keepdim=True).float()  # (B, L, 1)
+        weights[:, 0] *= FIRST_WEIGHT
+        return (best * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def _best(words: Tensor, codes: Tensor, ends: Tensor, numbers: Tensor, most: int) -> Tensor:

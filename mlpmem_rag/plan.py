@@ -20,6 +20,7 @@ from mlpmem_rag.datastore import BATCH_TOKENS
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ResourceError
 from mlpmem_rag.index import STORED_BLOCK
+from mlpmem_rag.late_interaction import TOKEN_SIZE
 from mlpmem_rag.lessons import Batch, distillation_targets
 from mlpmem_rag.memory import Memory, derive_config, new_memory
 from mlpmem_rag.neighbors import QUERY_BATCH, exact_rows
@@ -60,6 +61,8 @@ ADAPTED_STATES = 15
 most of it, the inner states of a step (MiniLM on the sample corpus: 14)."""
 DRAFT_BYTES = 4 * DRAFT_TOKENS
 """Of a question that may be recalled: how its answer begins."""
+WORD_BYTES = 20 * TOKEN_SIZE
+"""Of a question that may be recalled: its tokens and its share of a sentence's, 15 in prose."""
 STEP_TOKENS = 1000
 """Tokens that the base model reads in the time of one of the encoder's training steps, about."""
 DISTANCE_BYTES = 130
@@ -211,6 +214,7 @@ def make_plan(
             + (context_bytes(rows, query_size) if studies else 0)
             + 2 * 2 * encoder_parameters  # in half precision, with the memory as well
             + (22 * query_size + 6 * DRAFT_BYTES) * taught  # with a memory
+            + (2 * WORD_BYTES * taught if encoder_parameters else 0)  # in `work/` and with a memory
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=needed + (held if in_memory else 0),

@@ -67,17 +67,18 @@ def texts(told: TokenTable) -> list[npt.NDArray[np.int8]]:
 
 def by_hand(asked: Floats, question: int, rows: WordRows) -> float:
     """Equation 3 of ColBERT as a mean, over the words of a question and its sentence."""
-    words = [
-        *texts(rows.questions)[question][:32],
-        *texts(rows.sentences)[SOURCES[question]][:96],
-    ]
-    there = [token for token in asked if token.any()]
-    total = 0.0
-    for token in there:
-        mine = token @ rows.projection
-        mine = mine / np.linalg.norm(mine)
-        total += max(float(mine @ (word.astype(np.float32) / SCALE)) for word in words)
-    return total / len(there)
+    mine = texts(rows.questions)[question][:32].astype(np.float32) / SCALE
+    other = texts(rows.sentences)[SOURCES[question]][:96].astype(np.float32) / SCALE
+    total = weights = 0.0
+    for place, token in enumerate(token for token in asked if token.any()):
+        word = token @ rows.projection
+        word = word / np.linalg.norm(word)
+        most = max((float(word @ one) for one in mine), default=-1.0)
+        if place > 0:
+            most = max(most, *(float(word @ one) for one in other))
+        weight = 1.0 if place else 2.0
+        total, weights = total + weight * most, weights + weight
+    return total / weights
 
 
 def asked_with(rng: np.random.Generator, counts: list[int]) -> Floats:
