@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.generic import can_return_tuple
@@ -101,6 +108,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
     def mixes(self, lambda_: float) -> bool:
         """Whether a memory has any weight at this one."""
         return lambda_ > 0
+
+    def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
+        """What `generate` does to scores of these requests first. *Shape:* (B, R)."""
+        return []
 
     # The mixing weight.
 
@@ -261,14 +272,20 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         given = kwargs.get("inputs_embeds") if ids is None else ids
         count = 1 if given is None else len(given)
         query_vector = self._given_query(query_vector, query_text, count)
-        lambda_ = kwargs.get("memory_lambda")
-        mixes = self.mixes(self.memory_lambda if lambda_ is None else lambda_)
+        own = kwargs.get("memory_lambda")
+        lambda_ = self.memory_lambda if own is None else check_lambda(own)
+        mixes = self.mixes(lambda_)
         if query_vector is None and self.query_size and ids is not None and mixes:
             query_vector = self.queries_in(ids)
         if query_vector is not None and query_vector.is_inference():
             # As others are, it tells without a look at its numbers that they are still the same.
             with torch.inference_mode(False):
                 query_vector = query_vector.clone()
+        if query_vector is not None and self.query_size and mixes and kwargs.get("recall", True):
+            query_vector = self._checked(query_vector, count)
+            mine = self.processors(query_vector, lambda_)
+            given = kwargs.pop("logits_processor", None) or []
+            kwargs["logits_processor"] = LogitsProcessorList([*mine, *given])
         parent: Any = super()  # annotated for other classes
         return parent.generate(inputs, *args, query_vector=query_vector, **kwargs)
 

@@ -7,8 +7,9 @@ its head, then need not run. When a token is in doubt, they run once for all pos
 far.
 
 The learned question that a request is recalled as has an answer, which the memory mostly gives
-again. Once a text has begun like it, the rest is read at once, and its tokens are kept as far as
-the mixture chooses them: speculative decoding (arXiv 2211.17192) with a draft that costs nothing.
+again, and which has a share of its own in the mixture (`mlpmem_rag.recollection`). Once a text has
+begun like it, the rest is read at once, and its tokens are kept as far as the mixture chooses them:
+speculative decoding (arXiv 2211.17192) with a draft that costs nothing.
 
 The tokens are those of the plain way; only the base's last bits can differ, as they do whenever
 positions are computed together instead of one by one.
@@ -33,6 +34,7 @@ from mlpmem_rag.backbone import decoder_layers, mlp_sublayer, text_config
 from mlpmem_rag.few_rows import other_order
 from mlpmem_rag.mixing import Share, mixture
 from mlpmem_rag.model import MLPMemForCausalLM
+from mlpmem_rag.recollection import Recollection, with_recollection
 from mlpmem_rag.tap import tap_on
 
 TRIAL = 8
@@ -282,7 +284,8 @@ def generate_early(
     weight: float,
     lines: Sequence[Line],
     note: Callable[[Tensor, Tensor], None] | None,
-    draft: Sequence[int] = (),
+    answers: Sequence[Sequence[int]] = (),
+    share: float = 0.0,
 ) -> None:
     """Generate greedily, until every line says that it is over.
 
@@ -295,29 +298,40 @@ def generate_early(
         lines: take the tokens.
         note: takes the memory's log-probabilities and the token chosen, place by place; None:
             nobody wants them. *Shapes:* (B, V), (B,).
-        draft: how the text of a single line may well begin.
+        answers: of each line: how that to the question begins that it is recalled as. A single
+            line may well say the same, and is read ahead.
+        share: of the answers' next tokens in the mixture.
     """
     memory, temperature = model.memory, model.config.memory_temperature
+    corpus_tokens = memory.corpus_tokens
     view = None if query is None else query[:, None]
+    recollection = Recollection(answers) if any(answers) else None
+    draft = answers[0] if len(answers) == 1 else ()
     own = torch.tensor(weight, device=token_ids.device)
     over = [False] * len(lines)
     ahead: list[int] = []  # of the draft, read together with the token before
     while True:
         count = 1 + len(ahead)
         log_probs = memory.log_probs(reading.read(token_ids, count), view, temperature)  # (B, N, V)
-        best = best_tokens(log_probs, memory.corpus_tokens, weight)
+        told, part = log_probs, own
+        if recollection is not None:
+            expected = token_ids.new_tensor(recollection.expected(count))
+            told, part = with_recollection(log_probs, corpus_tokens, weight, expected, share)
+        best = best_tokens(told, corpus_tokens, part)
         tokens, decided = best.tolist()  # the host waits here, and for a token in doubt once more
         mixed: Tensor | None = None
         for place in range(count):
             chosen, given = best[0, :, place], [line[place] for line in tokens]
             if mixed is None and not all(map(or_, over, (line[place] for line in decided))):
                 base = reading.head(reading.rest(count)).float().log_softmax(-1)
-                mixed = mixture(base, [Share(log_probs, memory.corpus_tokens, own)])
+                mixed = mixture(base, [Share(told, corpus_tokens, part)])
             if mixed is not None:
                 chosen = mixed[:, place].argmax(-1)
                 given = chosen.tolist()
             if note:
                 note(log_probs[:, place], chosen)
+            if recollection is not None:
+                recollection.take(given)
             for number, (line, token) in enumerate(zip(lines, given, strict=True)):
                 if not over[number] and line.take(token):
                     over[number] = True
@@ -335,13 +349,15 @@ def generate_early(
             token_ids = torch.cat([token_ids, token_ids.new_tensor([ahead])], dim=1)
 
 
-def best_tokens(log_probs: Tensor, corpus_tokens: Tensor, weight: float) -> Tensor:
+def best_tokens(log_probs: Tensor, corpus_tokens: Tensor, weight: Tensor) -> Tensor:
     """The memory's best token, and 1 where it is the mixture's, whatever the base model says.
 
-    *Shapes:* the memory's log-probabilities (..., V), corpus_tokens (V,) -> (2, ...).
+    *Shapes:* the memory's log-probabilities (..., V), corpus_tokens (V,), weight () or (..., 1)
+    -> (2, ...).
     """
     values, places = log_probs.topk(min(2, log_probs.shape[-1]))
     best, second = values.exp().tensor_split([1], -1)
-    lead = best.squeeze(-1) - second.sum(-1)
+    lead = best - second.sum(-1, keepdim=True)
     tokens = corpus_tokens[places[..., 0]]
-    return torch.stack([tokens, (weight * lead > 1 - weight).to(tokens.dtype)])
+    decided = (weight * lead > 1 - weight).squeeze(-1)
+    return torch.stack([tokens, decided.to(tokens.dtype)])

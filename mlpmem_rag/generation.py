@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mlpmem_rag.openings import Openings
 from mlpmem_rag.pieces import TextPieces
 from mlpmem_rag.prompts import Prompt
 from mlpmem_rag.query import QueryEncoder
+from mlpmem_rag.recollection import SHARE
 from mlpmem_rag.turns import Listener, Task
 from mlpmem_rag.words import requests
 
@@ -264,16 +266,19 @@ def generate_together(generations: Sequence[Generation], listeners: Sequence[Lis
     prompts = parts.openings.begin(
         [prompt for _, _, prompt in begun], config.pad_token_id, shared=mixes
     )
-    view, draft = None, []
+    view = None
     if query is not None and query.shape[1] in (model.query_size, model.request_size):
         view = model.told(query, recall=first.question)
     weight = _constant_weight(model, decoding, lambda_, view, asked=first.question)
     if weight is not None and weight > 0.5 and _divides(parts):
         reading = Reading(parts.halves, prompts.cache, prompts.mask)
-        if view is not None and first.question and len(begun) == 1:
-            draft = model.draft(query)[: decoding.max_new_tokens]
+        answers: list[list[int]] = []
+        if query is not None and view is not None and first.question:
+            taught = model.taught_answers(query)[:, : decoding.max_new_tokens].tolist()
+            answers = [list(takewhile(lambda token: token >= 0, line)) for line in taught]
         note = recorder.note if recorder else None
-        generate_early(model, reading, prompts.unread, view, weight, writers, note, draft)
+        share = SHARE * lambda_
+        generate_early(model, reading, prompts.unread, view, weight, writers, note, answers, share)
         return
     choosers = decoding.choosers()
     with model.overheard(recorder.hear) if recorder else nullcontext():

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
 from transformers import initialization as init
 
 from mlpmem_rag import base_tokenizer as base_tokenizer  # registers itself
@@ -35,6 +35,7 @@ from mlpmem_rag.load_options import refuse_other_memory, refuse_quantization, ta
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.mixing import asks, check_lambda, check_temperature, mix
 from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
+from mlpmem_rag.recollection import SHARE, RecollectionProcessor
 from mlpmem_rag.words import requests
 
 
@@ -165,17 +166,27 @@ class MLPMemForCausalLM(AugmentedLM):
         self._found = (query, nearest)
         return self.memory.recall(query, nearest)
 
-    def draft(self, query: Tensor) -> list[int]:
-        """How the answer to a request may begin: as that to the question it is recalled as.
+    def taught_answers(self, query: Tensor) -> Tensor:
+        """How the answers to the questions begin that requests are recalled as.
 
-        Nothing where it is not known. *Shape:* (1, R) -> at most K token ids.
+        -1 behind their ends, and where nothing is asked or recalled. *Shape:* (B, R) -> (B, K).
         """
+        drafts = self.memory.drafts
+        if not (self.memory.recalls and drafts.shape[1]):
+            return drafts.new_full((len(query), 0), -1)
         self.recalled(query)
         found = self._found  # another thread may put its own there
-        if found is None or found[0] is not query:
+        known = found is not None and found[0] is query
+        nearest = found[1] if found and known else self.memory.nearest(query)
+        asked = self.memory.place(query).ne(0).any(-1, keepdim=True)
+        return drafts[nearest].masked_fill(~asked, -1)
+
+    def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
+        """See `AugmentedLM.processors`."""
+        answers = self.taught_answers(query)
+        if not answers.shape[1]:
             return []
-        tokens: list[int] = self.memory.drafts[found[1][0]].tolist()
-        return tokens[: tokens.index(-1)] if -1 in tokens else tokens
+        return [RecollectionProcessor(answers, SHARE * lambda_)]
 
     def familiarity(self, query: Tensor) -> list[float]:
         """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, R)."""

@@ -568,18 +568,19 @@ def tokens_of(memory: MemoryModel, question: str, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("temperature", [SURE, 0.2, UNSURE])
-def test_a_draft_changes_no_answer(
+def test_a_taught_answer_is_read_ahead_and_changes_nothing_by_that(
     tiny_folder: Path, temperature: float, runs_of: Callable[[Any], list[int]]
 ) -> None:
-    without = recalling(tiny_folder, temperature=temperature, drafts=[[]])
-    truth = tokens_of(without, QUESTIONS[0], 12)
+    truth = tokens_of(
+        recalling(tiny_folder, temperature=temperature, drafts=[[]]), QUESTIONS[0], 12
+    )
     assert len(truth) == 12
-    plain = plainly(without).answer(QUESTIONS[0], max_new_tokens=12)
     drafts = [truth[:8]]
     drafts += [[*truth[:n], 259 + (truth[n] - 258) % 41, *truth[n + 1 : 8]] for n in range(8)]
-    rounds = []
     for draft in drafts:
         memory = recalling(tiny_folder, temperature=temperature, drafts=[draft])
+        said = tokens_of(memory, QUESTIONS[0], 12)
+        plain = plainly(memory).answer(QUESTIONS[0], max_new_tokens=12)
         memory.answer(QUESTIONS[1], max_new_tokens=1)  # reads the opening
         runs = runs_of(memory.model.base)
         answer = memory.answer(QUESTIONS[0], max_new_tokens=12)
@@ -588,10 +589,39 @@ def test_a_draft_changes_no_answer(
             plain.new_tokens,
             plain.ended,
         )
+        assert answer.text == str(memory.tokenizer.decode(said)).strip()
         assert answer.confidence == pytest.approx(plain.confidence, rel=1e-4)
-        rounds.append(runs.count(0))
-    # The first token, seven more at once, four; and as many at once as are right, and one more.
-    assert rounds == [6, 12, 12, 11, 10, 9, 8, 7, 6]
+        same = [mine == other for mine, other in zip(draft, said, strict=False)]
+        alike = [*same, False].index(False)
+        # The first token, as many at once as are right and one more, the rest one by one.
+        assert runs.count(0) == 12 - max(0, min(alike, 7) - 1)
+        assert temperature > SURE or said == truth, "a memory that is sure is not talked over"
+
+
+def test_who_is_unsure_says_what_was_taught(tiny_folder: Path) -> None:
+    without = recalling(tiny_folder, temperature=UNSURE, drafts=[[]])
+    others = tokens_of(without, QUESTIONS[1], 8)
+    truth = tokens_of(without, QUESTIONS[0], 8)
+    assert truth != others
+    memory = recalling(tiny_folder, temperature=UNSURE, drafts=[others])
+    assert tokens_of(memory, QUESTIONS[0], 8) == others
+    text = str(memory.tokenizer.decode(others)).strip()
+    assert memory.answer(QUESTIONS[0], max_new_tokens=8).text == text
+    many = answer_batch(
+        memory.model,
+        memory.tokenizer,
+        QUESTIONS[:2],
+        Letters().encode(QUESTIONS[:2]),
+        max_new_tokens=8,
+    )
+    assert many[0][0] == text
+    # Nothing of it at lambda 0, where text goes on, and where nothing is asked.
+    base = memory.answer(QUESTIONS[0], max_new_tokens=8, lambda_=0.0)
+    assert base.text == without.answer(QUESTIONS[0], max_new_tokens=8, lambda_=0.0).text
+    for given in (memory, without):
+        given.model.memory.drafts[1:] = 7
+    found = [whole(m.continue_text(QUESTIONS[0], Decoding(6))).text for m in (memory, without)]
+    assert found[0] == found[1]
 
 
 def test_an_answer_that_is_its_draft_takes_two_passes(
@@ -621,14 +651,14 @@ def test_no_more_is_read_than_may_be_said(tiny_folder: Path, most: int) -> None:
     assert sum(lengths[-2:] if most > 1 else lengths[-1:]) <= answer.prompt_tokens + most - 1
 
 
-def test_text_that_goes_on_and_lines_of_a_batch_have_no_draft(
+def test_text_that_goes_on_has_no_answer_and_lines_of_a_batch_have_theirs(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = recalling(tiny_folder, temperature=SURE, drafts=[[260, 261, 262]] * 4)
-    given: list[Sequence[int]] = []
+    given: list[list[list[int]]] = []
 
     def watched(*args: Any) -> None:  # noqa: ANN401
-        given.append(args[-1])
+        given.append(args[-2])
         early_exit.generate_early(*args)
 
     monkeypatch.setattr("mlpmem_rag.generation.generate_early", watched)
@@ -638,8 +668,9 @@ def test_text_that_goes_on_and_lines_of_a_batch_have_no_draft(
         talks = [[{"role": "user", "content": question}] for question in QUESTIONS * 2]
         decoding = Decoding(6, batch_size=8)
         list(threads.map(lambda talk: whole(memory.reply(talk, decoding)), talks))
-    assert [list(draft) for draft in given[:2]] == [[], [260, 261, 262]]
-    assert [] in map(list, given[2:])
+    assert given[:2] == [[], [[260, 261, 262]]]
+    assert max(map(len, given[2:])) > 1
+    assert all(answer == [260, 261, 262] for answers in given[1:] for answer in answers)
 
 
 @pytest.mark.parametrize("settled", [False, True])
