@@ -349,7 +349,7 @@ def generate_early(
             token_ids = torch.cat([token_ids, token_ids.new_tensor([ahead])], dim=1)
 
 
-def best_tokens(log_probs: Tensor, corpus_tokens: Tensor, weight: Tensor) -> Tensor:
+def best_tokens(log_probs: Tensor, corpus_tokens: Tensor, weight: float | Tensor) -> Tensor:
     """The memory's best token, and 1 where it is the mixture's, whatever the base model says.
 
     *Shapes:* the memory's log-probabilities (..., V), corpus_tokens (V,), weight () or (..., 1)
