@@ -171,14 +171,13 @@ class MLPMemForCausalLM(AugmentedLM):
 
         -1 behind their ends, and where nothing is asked or recalled. *Shape:* (B, R) -> (B, K).
         """
-        drafts = self.memory.drafts
+        drafts, told = self.memory.drafts, query.to(self.device)
         if not (self.memory.recalls and drafts.shape[1]):
-            return drafts.new_full((len(query), 0), -1)
-        self.recalled(query)
+            return drafts.new_full((len(told), 0), -1)
+        self.recalled(told)
         found = self._found  # another thread may put its own there
-        known = found is not None and found[0] is query
-        nearest = found[1] if found and known else self.memory.nearest(query)
-        asked = self.memory.place(query).ne(0).any(-1, keepdim=True)
+        nearest = found[1] if found and found[0] is told else self.memory.nearest(told)
+        asked = self.memory.place(told).ne(0).any(-1, keepdim=True)
         return drafts[nearest].masked_fill(~asked, -1)
 
     def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:

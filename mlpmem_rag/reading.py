@@ -20,6 +20,7 @@ from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import Prompt, answer_ids, conversation, unlike
+from mlpmem_rag.recollection import SHARE, of_answer
 
 BATCH = 16
 STOP = "\n"
@@ -193,9 +194,10 @@ def answer_log_probs(
     *,
     lambda_: float | None = None,
 ) -> Tensor:
-    """How probable the mixture finds each token of an answer after a prompt. *Shape:* -> (A,).
+    """How probable each token of an answer is after a prompt, as `generate` has it.
 
-    `openings`: see `read_batch`.
+    The answer that was taught to the recalled question has its share. `openings`: see `read_batch`.
+    *Shape:* -> (A,).
     """
     whole = Prompt([*prompt.token_ids, *answer], prompt.opening)
     begun = (openings or Openings(model.base)).begin([whole], 0, shared=openings is not None)
@@ -211,7 +213,11 @@ def answer_log_probs(
     )
     log_probs = output.logits[0].float().log_softmax(-1)
     chosen: Tensor = log_probs.gather(1, ids[0, first:, None]).squeeze(1)
-    return chosen
+    weight = model.memory_lambda if lambda_ is None else lambda_
+    if query_vector is None or weight == 0:
+        return chosen
+    taught = model.taught_answers(query_vector)[0].tolist()
+    return of_answer(chosen, answer, taught, SHARE * weight)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ equation 9): p = s + (1 - s) p_mixture for this token, (1 - s) p_mixture for all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,6 +69,22 @@ def with_recollection(
     out = log_probs + ((1 - part) * weight / both).log()
     there = out.gather(-1, columns[..., None])
     return out.scatter(-1, columns[..., None], there.logaddexp((part / both).log())), both
+
+
+def of_answer(
+    log_probs: Tensor, answer: Sequence[int], taught: Sequence[int], share: float
+) -> Tensor:
+    """Log-probabilities of an answer's tokens once the taught one has its share. *Shape:* (A,)."""
+    recollection = Recollection([taught])
+    out = log_probs.clone()
+    for place, token in enumerate(answer):
+        ((expected,),) = recollection.expected(1)
+        if expected >= 0:
+            out[place] += math.log1p(-share)
+        if expected == token:
+            out[place] = out[place].logaddexp(out.new_tensor(share).log())
+        recollection.take([token])
+    return out
 
 
 class RecollectionProcessor(LogitsProcessor):

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from mlpmem_rag.mixing import Share, mixture
-from mlpmem_rag.recollection import Recollection, RecollectionProcessor, with_recollection
+from mlpmem_rag.recollection import (
+    Recollection,
+    RecollectionProcessor,
+    of_answer,
+    with_recollection,
+)
 
 CORPUS = torch.tensor([1, 4, 5, 7])
 
@@ -84,3 +89,18 @@ def test_without_an_answer_the_scores_stay_the_same_distribution() -> None:
     processor = RecollectionProcessor(torch.full((2, 4), -1), 0.3)
     found = processor(torch.tensor([[1], [2]]), scores)
     np.testing.assert_allclose(found, scores, atol=1e-6)
+
+
+def test_the_tokens_of_an_answer_by_hand() -> None:
+    plain = log_probs(1, 5, seed=4)[0]
+
+    def check(answer: list[int], taught: list[int], factors: list[tuple[float, float]]) -> None:
+        found = of_answer(plain, answer, taught, 0.3).exp()
+        by_hand = torch.stack([p * f + s for p, (f, s) in zip(plain.exp(), factors, strict=True)])
+        torch.testing.assert_close(found, by_hand)
+
+    said, other, over = (0.7, 0.3), (0.7, 0.0), (1.0, 0.0)
+    check([3, 4, 9, 9, 9], [3, 4], [said, said, over, over, over])
+    check([3, 5, 4, 4, 4], [3, 4, 4], [said, other, over, over, over])
+    check([5, 4, 9, 9, 9], [3, 4], [other, over, over, over, over])
+    check([3, 4, 9, 9, 9], [], [over] * 5)
