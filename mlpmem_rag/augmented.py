@@ -30,6 +30,7 @@ from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.few_rows import other_order, quicken
 from mlpmem_rag.mixing import check_lambda
 from mlpmem_rag.query_cache import cached_query, keep_query
+from mlpmem_rag.recollection import RecollectionProcessor
 from mlpmem_rag.tap import Tap, tap_on
 
 MINE = ("memory_lambda", "query_vector", "recall")
@@ -110,8 +111,11 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         return lambda_ > 0
 
     def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
-        """What `generate` does to scores of these requests first. *Shape:* (B, R)."""
-        return []
+        """What `generate` does to the scores of answers to these requests, before what it is given.
+
+        *Shape:* (B, R), rows of zeros where no answer begins.
+        """
+        raise NotImplementedError
 
     # The mixing weight.
 
@@ -256,6 +260,9 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
     ) -> Any:  # noqa: ANN401
         """As in transformers, and what is asked; without it, the last user message in the ids.
 
+        Where a prompt ends with the beginning of an answer, that which was taught to the recalled
+        question has its share; see `mlpmem_rag.recollection`.
+
         Args:
             inputs: token ids. *Shape:* (B, T).
             *args: as in transformers.
@@ -283,21 +290,42 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
                 query_vector = query_vector.clone()
         if query_vector is not None and self.query_size and mixes and kwargs.get("recall", True):
             query_vector = self._checked(query_vector, count)
-            mine = self.processors(query_vector, lambda_)
-            given = kwargs.pop("logits_processor", None) or []
-            kwargs["logits_processor"] = LogitsProcessorList([*mine, *given])
+            begins = self._begins_answers(ids)
+            mine: list[LogitsProcessor] = []
+            if bool(begins.any()):
+                mine = self.processors(query_vector * begins[:, None], lambda_)
+            if mine and len(args) > 1:  # by its place
+                args = (args[0], LogitsProcessorList([*mine, *(args[1] or ())]), *args[2:])
+            elif mine:
+                given = kwargs.pop("logits_processor", None) or ()
+                kwargs["logits_processor"] = LogitsProcessorList([*mine, *given])
         parent: Any = super()  # annotated for other classes
         return parent.generate(inputs, *args, query_vector=query_vector, **kwargs)
 
-    def queries_in(self, token_ids: Tensor) -> Tensor | None:
-        """Vectors of the questions that prompts ask; None where none does. *Shape:* (B, T)."""
+    def _known_marks(self) -> Marks | None:
+        """How prompts show a question; None: that is not known."""
         if self.tokenizer is None or torch.compiler.is_compiling():
             return None
         known = self._marks
         if known is None or known[0] is not self.tokenizer:
             self._marks = known = self.tokenizer, question_marks(self.tokenizer)
-        marks = known[1]
-        if marks is None:
+        return known[1]
+
+    def _begins_answers(self, token_ids: Tensor | None) -> Tensor:
+        """1 for prompts that end where an answer begins, 0 for those that have begun it.
+
+        *Shape:* (B, T) -> (B,), of nothing where there are no ids or no marks.
+        """
+        marks = self._known_marks()
+        if marks is None or self.tokenizer is None or token_ids is None:
+            return torch.zeros(0, device=self.device)
+        texts = self.tokenizer.batch_decode(token_ids, clean_up_tokenization_spaces=False)
+        return torch.tensor([float(marks.ends(text)) for text in texts], device=self.device)
+
+    def queries_in(self, token_ids: Tensor) -> Tensor | None:
+        """Vectors of the questions that prompts ask; None where none does. *Shape:* (B, T)."""
+        marks = self._known_marks()
+        if marks is None or self.tokenizer is None:
             return None
         found = [asked_question(self.tokenizer, marks, row) for row in token_ids.tolist()]
         texts = tuple(dict.fromkeys(text for text in found if text is not None))
@@ -372,6 +400,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         if assistant is not None and not isinstance(assistant, AugmentedLM):
             model_kwargs = kwargs["model_kwargs"]
             kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in MINE}
+        if kwargs.get("assistant_tokenizer") is not None:  # it counts in other tokens
+            given = kwargs["logits_processor"]
+            others = [p for p in given if not isinstance(p, RecollectionProcessor)]
+            kwargs["logits_processor"] = LogitsProcessorList(others)
         parent: Any = super()  # annotated for other classes
         return parent._get_candidate_generator(**kwargs)
 

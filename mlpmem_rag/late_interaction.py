@@ -27,8 +27,10 @@ WEIGHT = 2.0
 """Of the agreement of words, beside that of keys."""
 FIRST_WEIGHT = 2.0
 """Of the first word of a request among its words."""
+WORDS_WEIGHTS = [CANDIDATES, WEIGHT, FIRST_WEIGHT]
+"""What decides the choice besides words and keys."""
 REQUEST_TOKENS, QUESTION_TOKENS, SENTENCE_TOKENS = 32, 32, 96
-"""That are looked at. Of a request the last, where people ask; of others the first."""
+"""That are looked at. Of a request its first and the last, where people ask; else the first."""
 SCALE = 127
 """Of numbers from -1 to 1 in eight bits."""
 

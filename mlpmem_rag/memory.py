@@ -214,8 +214,8 @@ class Memory(nn.Module):
     `corpus_tokens` (V,) maps a logit's column to the token id of the base model; `questions`
     (M, Q) are the keys of learned questions, of length 1, see `mlpmem_rag.recall`; places that are
     free hold zeros. `drafts` (M, K) are the token ids with which their answers begin, as they were
-    taught, -1 behind the end: an answer is as the blocks have it, and only comes sooner where it
-    turns out to be this one.
+    taught, -1 behind the end: generation gives them a share, see `mlpmem_rag.recollection`, and
+    reads them ahead.
     """
 
     corpus_tokens: Tensor
@@ -311,7 +311,8 @@ class Memory(nn.Module):
         """How near each request is to a question learned; 0 for a memory of no questions.
 
         The cosine to its key, and the agreement of words where these are compared, weighted as for
-        the choice. `nearest` is given where it is known.
+        the choice; of a bare query vector the cosine alone, which is on another scale. `nearest` is
+        given where it is known.
         *Shapes:* (B, R), (B,) -> B numbers, -1 to 1.
         """
         if not self.config.num_questions:
@@ -322,9 +323,22 @@ class Memory(nn.Module):
         if self.words is not None and query.shape[1] > self.config.query_size:
             tokens = tokens_of(query, self.config.query_size)
             words = self.words.agreement(tokens, nearest[:, None])[:, 0]
-            agreement = (agreement + WEIGHT * words) / (1 + WEIGHT)
+            both = (agreement + WEIGHT * words) / (1 + WEIGHT)
+            agreement = torch.where(tokens.ne(0).flatten(1).any(1), both, agreement)
         numbers: list[float] = agreement.tolist()
         return numbers
+
+    def taught_answers(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:
+        """How the answers to the questions begin that requests are recalled as.
+
+        -1 behind their ends, and where nothing is asked or recalled. `nearest` is given where it is
+        known. *Shapes:* (B, R), (B,) -> (B, K).
+        """
+        if not (self.recalls and self.config.draft_size):
+            return self.drafts.new_full((len(query), 0), -1)
+        nearest = self.nearest(query) if nearest is None else nearest
+        asked = self.place(query).ne(0).any(-1, keepdim=True)
+        return self.drafts[nearest].masked_fill(~asked, -1)
 
     def log_probs(
         self, hidden: Tensor, query: Tensor | None = None, temperature: float = 1.0

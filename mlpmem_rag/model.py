@@ -171,21 +171,17 @@ class MLPMemForCausalLM(AugmentedLM):
 
         -1 behind their ends, and where nothing is asked or recalled. *Shape:* (B, R) -> (B, K).
         """
-        drafts, told = self.memory.drafts, query.to(self.device)
-        if not (self.memory.recalls and drafts.shape[1]):
-            return drafts.new_full((len(told), 0), -1)
+        told = query.to(self.device)
+        if not self.memory.recalls:
+            return self.memory.taught_answers(told)
         self.recalled(told)
         found = self._found  # another thread may put its own there
-        nearest = found[1] if found and found[0] is told else self.memory.nearest(told)
-        asked = self.memory.place(told).ne(0).any(-1, keepdim=True)
-        return drafts[nearest].masked_fill(~asked, -1)
+        return self.memory.taught_answers(told, found[1] if found and found[0] is told else None)
 
     def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
         """See `AugmentedLM.processors`."""
-        answers = self.taught_answers(query)
-        if not answers.shape[1]:
-            return []
-        return [RecollectionProcessor(answers, SHARE * lambda_)]
+        answers = self.memory.taught_answers(query)
+        return [RecollectionProcessor(answers, SHARE * lambda_)] if answers.shape[1] else []
 
     def familiarity(self, query: Tensor) -> list[float]:
         """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, R)."""

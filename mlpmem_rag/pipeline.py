@@ -283,7 +283,7 @@ def _train(
         study=calibration.figures if calibration else None,
         seconds=stages.seconds(),
         datastore_bytes=sum(
-            folder_bytes(work / n) for n in ("datastore", "neighbors", "targets", "study")
+            folder_bytes(work / n) for n in ("datastore", "neighbors", "targets", "words", "study")
         ),
         memory_bytes=sum(t.numel() * t.element_size() for t in memory.state_dict().values()),
     )

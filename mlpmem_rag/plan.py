@@ -214,7 +214,8 @@ def make_plan(
             + (context_bytes(rows, query_size) if studies else 0)
             + 2 * 2 * encoder_parameters  # in half precision, with the memory as well
             + (22 * query_size + 6 * DRAFT_BYTES) * taught  # with a memory
-            + (2 * WORD_BYTES * taught if encoder_parameters else 0)  # in `work/` and with a memory
+            # Words, in `work/` and with a memory, and the vectors that come with them.
+            + (2 * WORD_BYTES * taught + 6 * query_size * taught if encoder_parameters else 0)
             + 4 * parameters * 10  # best weights of both trainings, one's checkpoints, the memory
         ),
         memory_bytes=needed + (held if in_memory else 0),
@@ -256,7 +257,7 @@ def learning_memory(rows: int, questions: int, query_size: int, parameters: int)
         "study": taught + PROMPT_BYTES * questions + vectors,
         "distil": taught
         + 2 * keys  # and those that the memory holds
-        + DRAFT_BYTES * questions
+        + (DRAFT_BYTES + 3 * WORD_BYTES) * questions
         + 4 * parameters * 6
         + ORDER_BYTES * (rows + study_rows),
     }

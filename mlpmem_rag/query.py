@@ -72,7 +72,7 @@ class SentenceEncoder:
     def encode_tokens(self, texts: Sequence[str]) -> tuple[Vectors, list[Vectors] | None]:
         """What `encode` gives, and the vectors of each text's tokens, of length 1, too.
 
-        The model's own marks are left out. None for a model that shows no tokens.
+        The model's own marks and its prompt are left out. None for a model that shows no tokens.
         *Shapes:* N texts -> (N, Q), N times (T_n, Q').
         """
         # One dictionary a text, whatever the annotation says of it.
@@ -83,16 +83,21 @@ class SentenceEncoder:
             show_progress_bar=False,
             output_value=None,
         )
-        vectors = [text["sentence_embedding"].float().cpu().numpy() for text in found]
+        normalize = torch.nn.functional.normalize  # which `encode` leaves out here
+        vectors = [normalize(text["sentence_embedding"].float().cpu(), dim=-1) for text in found]
         out = np.asarray(vectors, dtype=np.float32).reshape(-1, self.size)
-        if not all("token_embeddings" in text and "input_ids" in text for text in found):
+        marks = getattr(self.model.tokenizer, "all_special_ids", None)
+        shown = all("token_embeddings" in text and "input_ids" in text for text in found)
+        if marks is None or not shown:
             return out, None
-        marks = torch.tensor(self.model.tokenizer.all_special_ids)
+        marks = torch.tensor(marks)
+        prompt = self.model.prompts.get(self.model.default_prompt_name or "", "")
+        said = len(self.model.tokenizer.tokenize(prompt)) if prompt else 0
         tokens: list[Vectors] = []
         for text in found:
             words = torch.isin(text["input_ids"].cpu(), marks, invert=True)
-            unit = torch.nn.functional.normalize(text["token_embeddings"].float().cpu(), dim=-1)
-            tokens.append(unit[words & text["attention_mask"].cpu().bool()].numpy())
+            unit = normalize(text["token_embeddings"].float().cpu(), dim=-1)
+            tokens.append(unit[words & text["attention_mask"].cpu().bool()][said:].numpy())
         return out, tokens
 
     def save(self, folder: Path) -> None:

@@ -159,7 +159,7 @@ def agreed_answer(
         model: memory and base model.
         tokenizer: theirs.
         question: what was asked.
-        query_vector: as the memory's encoder sees it. *Shape:* (1, Q).
+        query_vector: as `encode_queries` gives it. *Shape:* (1, R).
         prompt: what the base model reads, from `reading`.
         remembered: the memory's answer.
         read: the base model's.

@@ -1,9 +1,10 @@
 """Which learned question is meant: the keys of written questions, kept inside a memory.
 
 A person asks in other words than the writer of the questions, and a memory knows its answers by
-the writer's. So once a request, its vector gives way to that of the learned question whose key it
-agrees with most: a wide layer of fixed weights of which only the strongest unit speaks. The number
-of units is limited, so that a request costs the same whatever the size of the corpus.
+the writer's. So once a request, its vector gives way to that of the learned question that it agrees
+with most, by its key and then by its words (`mlpmem_rag.late_interaction`): a wide layer of fixed
+weights of which only the strongest unit speaks. The number of units is limited, so that a request
+costs the same whatever the size of the corpus.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SOURCE_PART = 0.5
 KEYS_AT_ONCE = 8192
 """What is made on the way to them needs more room than they do."""
 DRAFT_TOKENS = 16
-"""Of an answer that are kept as a draft, its end included; few answers are longer."""
+"""Of an answer, its end included, that have a share and are read ahead; few are longer."""
 
 
 def question_keys(study: StudyRows, numbers: Rows | None = None) -> Vectors:

@@ -108,7 +108,9 @@ class RecollectionProcessor(LogitsProcessor):
         answers = self._answers.repeat_interleave(each, dim=0)
         token = answers[:, place : place + 1]
         same = (answers[:, :place] == said).all(1, keepdim=True) & (token >= 0)
-        part = torch.where(same, self._share, 0.0).to(scores)  # (R, 1)
-        out = scores.log_softmax(-1) + torch.log1p(-part)
         token = token.clamp_min(0)
-        return out.scatter(1, token, out.gather(1, token).logaddexp(part.log()))
+        same &= scores.gather(1, token).isfinite()  # what is forbidden stays so
+        part = scores.new_tensor(self._share)
+        out = scores.log_softmax(-1) + torch.log1p(-part)
+        out = out.scatter(1, token, out.gather(1, token).logaddexp(part.log()))
+        return torch.where(same, out, scores)

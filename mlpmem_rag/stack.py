@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from mlpmem_rag import checkpoint
 from mlpmem_rag.artifact import load_settings
@@ -36,6 +36,7 @@ from mlpmem_rag.members import Member, open_member, slices
 from mlpmem_rag.memory import Memory
 from mlpmem_rag.mixing import Share, asks, check_lambda, gated_weight, mixture
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory, keep_weights, load_model
+from mlpmem_rag.recollection import SHARE, RecollectionProcessor
 from mlpmem_rag.words import requests
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -189,6 +190,16 @@ class MemoryStack(AugmentedLM):
         views = slices(self._members.values(), words=query.shape[1] != self.query_size)
         reading = {name: m.view for name, m in members if m.settings.memory.query_size}
         return {name: query[:, views[view]] for name, view in reading.items()}
+
+    def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
+        """See `AugmentedLM.processors`; one for each memory that recalls."""
+        found: list[LogitsProcessor] = []
+        for name, view in self._told(query).items():
+            share = SHARE * lambda_ * self.config.members[name]
+            answers = self._memory(name).taught_answers(view)
+            if share > 0 and answers.shape[1]:
+                found.append(RecollectionProcessor(answers, share))
+        return found
 
     def mixes(self, lambda_: float) -> bool:
         """Whether a memory has any weight at this one."""

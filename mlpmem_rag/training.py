@@ -45,7 +45,7 @@ from mlpmem_rag.heldout import (
     score_base,
     tune,
 )
-from mlpmem_rag.late_interaction import WordRows
+from mlpmem_rag.late_interaction import WORDS_WEIGHTS, WordRows
 from mlpmem_rag.learned_text import about_held_out, cut_documents
 from mlpmem_rag.lessons import Columns, Curriculum, StudyLesson, TextLesson
 from mlpmem_rag.memory import Memory, derive_config, new_memory
@@ -73,6 +73,7 @@ from mlpmem_rag.recall import (
     longest_draft,
     question_keys,
 )
+from mlpmem_rag.recollection import SHARE
 from mlpmem_rag.schedule import CATCHING_UP, catching_up, long_enough, look_alike
 from mlpmem_rag.shared_lesson import shared_out
 from mlpmem_rag.split import Split
@@ -374,8 +375,7 @@ class Stages:
         with self._stage("words", self._after("encoder", WORDS_KEY)) as (folder, done):
             if not done:
                 rows = word_rows(encoder, questions, on_progress=self._on_progress)
-                if rows is not None:
-                    save_words(rows, folder)
+                save_words(rows, folder)
             return open_words(folder)
 
     def split_questions(
@@ -435,10 +435,8 @@ class Stages:
     ) -> tuple[Calibration, Perplexities]:
         """Gate and confidence from what was held out, figures from the test documents."""
         prepared = self._prepared
-        with self._stage("calibration", self._after("distil", self._keys["words"])) as (
-            folder,
-            done,
-        ):
+        key = self._after("distil", self._keys["words"], WORDS_WEIGHTS, SHARE)
+        with self._stage("calibration", key) as (folder, done):
             path = folder / "calibration.json"
             if not done:
                 backbone, windows = prepared.backbone, prepared.windows
@@ -553,8 +551,16 @@ class Stages:
             )
 
     def _settings(self, memory: Memory) -> MemorySettings:
-        backbone = self._prepared.backbone
-        return MemorySettings(backbone.reference, backbone.layer, memory.config, ASKED_OPENING, 1.0)
+        """As it will be asked; its gate for other text is not known yet."""
+        backbone, weights = self._prepared.backbone, constant_weights(ASKED_OPENING)
+        return MemorySettings(
+            backbone.reference,
+            backbone.layer,
+            memory.config,
+            MEMORY_LAMBDA,
+            1.0,
+            gate=Gate(asked=weights, plain=weights),
+        )
 
     def _blank(self, datastore: Datastore, studied: Studied | None = None) -> Memory:
         backbone, config = self._prepared.backbone, self._config

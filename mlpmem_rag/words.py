@@ -6,6 +6,8 @@ kept in few dimensions and eight bits; see `mlpmem_rag.late_interaction` for wha
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,10 +24,13 @@ from mlpmem_rag.late_interaction import (
     WordRows,
 )
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
-from mlpmem_rag.query import PIECE, QueryEncoder, SentenceEncoder, Vectors, quickened
+from mlpmem_rag.query import QueryEncoder, SentenceEncoder, Vectors, quickened
 from mlpmem_rag.questions import Question
-from mlpmem_rag.storage import save_array
+from mlpmem_rag.storage import save_array, write_json
 
+NOTE = "words.json"
+PIECE = 512
+"""Texts whose tokens are there at once, each of them padded to the longest."""
 FITTED_SENTENCES = 2048
 """That the projection is fitted on, at most."""
 WORDS_KEY = [TOKEN_SIZE, QUESTION_TOKENS, SENTENCE_TOKENS, FITTED_SENTENCES]
@@ -66,8 +71,11 @@ def word_rows(
     return WordRows(asked, read, projection, questioned, told)
 
 
-def save_words(rows: WordRows, folder: Path) -> None:
-    """Write one `.npy` for each array."""
+def save_words(rows: WordRows | None, folder: Path) -> None:
+    """Write one `.npy` for each array, and whether there are any."""
+    write_json(folder / NOTE, {"shown": rows is not None})
+    if rows is None:
+        return
     for name in ARRAYS:
         save_array(folder / f"{name}.npy", getattr(rows, name))
     for name in TABLES:
@@ -77,8 +85,8 @@ def save_words(rows: WordRows, folder: Path) -> None:
 
 
 def open_words(folder: Path) -> WordRows | None:
-    """Read what `save_words` wrote; None: there is nothing."""
-    if not (folder / f"{ARRAYS[0]}.npy").is_file():
+    """Read what `save_words` wrote."""
+    if not json.loads((folder / NOTE).read_text())["shown"]:
         return None
     arrays = (np.load(folder / f"{name}.npy") for name in ARRAYS)
     tables = (
@@ -96,15 +104,16 @@ def fit_projection(
     Not centred: what counts later are the vectors' products. None where there are no tokens, or
     such as are of another width.
     """
-    step = max(1, len(sentences) // FITTED_SENTENCES)
-    with quickened(encoder):
-        _, tokens = encoder.encode_tokens(list(sentences)[::step])
-    if tokens is None or sum(map(len, tokens)) == 0:
-        return None
-    vectors = np.concatenate(tokens).astype(np.float64)
-    if not TOKEN_SIZE <= vectors.shape[1] == encoder.size:
-        return None
-    _, directions = np.linalg.eigh(vectors.T @ vectors)
+    fitted = list(sentences)[:: max(1, math.ceil(len(sentences) / FITTED_SENTENCES))]
+    products = np.zeros((encoder.size, encoder.size))
+    for start in range(0, len(fitted), PIECE):
+        with quickened(encoder):
+            _, tokens = encoder.encode_tokens(fitted[start : start + PIECE])
+        vectors = np.concatenate(tokens) if tokens else np.zeros((0, 0), np.float32)
+        if not (len(vectors) and TOKEN_SIZE <= vectors.shape[1] == encoder.size):
+            return None
+        products += vectors.T.astype(np.float64) @ vectors
+    _, directions = np.linalg.eigh(products)
     return np.ascontiguousarray(directions[:, ::-1][:, :TOKEN_SIZE], dtype=np.float32)
 
 
@@ -132,7 +141,7 @@ def token_table(
 
 
 def requests(encoder: QueryEncoder, texts: Sequence[str], *, words: bool) -> Vectors:
-    """What is asked: each text's vector, and those of its last tokens behind it.
+    """What is asked: each text's vector, and those of its first and last tokens behind it.
 
     Args:
         encoder: of the memory that is asked.
@@ -147,6 +156,6 @@ def requests(encoder: QueryEncoder, texts: Sequence[str], *, words: bool) -> Vec
     vectors, tokens = encoder.encode_tokens(texts)
     asked = np.zeros((len(texts), REQUEST_TOKENS, encoder.size), np.float32)
     for row, those in zip(asked, tokens or (), strict=False):
-        last = those[-REQUEST_TOKENS:]
-        row[: len(last)] = last
+        cut = np.concatenate([those[:1], those[1:][1 - REQUEST_TOKENS :]])
+        row[: len(cut)] = cut
     return np.concatenate([vectors, asked.reshape(len(texts), -1)], axis=1)

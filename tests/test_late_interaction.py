@@ -274,11 +274,14 @@ def test_the_same_words_agree_and_come_back_from_the_disk(
     for name in ("questions", "sentences"):
         for field, value in asdict(getattr(rows, name)).items():
             np.testing.assert_array_equal(getattr(getattr(again, name), field), value)
-    assert open_words(tmp_path / "none") is None
+    save_words(None, tmp_path)
+    assert open_words(tmp_path) is None
+    with pytest.raises(FileNotFoundError):
+        open_words(tmp_path / "nowhere")
 
 
 @needs_minilm
-def test_a_request_ends_with_its_last_tokens(minilm: SentenceEncoder) -> None:
+def test_a_long_request_keeps_its_first_and_its_last_tokens(minilm: SentenceEncoder) -> None:
     long = " ".join(f"word {n}" for n in range(40))
     asked = requests(minilm, ["mill", long], words=True)
     _, tokens = minilm.encode_tokens(["mill", long])
@@ -286,7 +289,8 @@ def test_a_request_ends_with_its_last_tokens(minilm: SentenceEncoder) -> None:
     found = asked[:, 384:].reshape(2, REQUEST_TOKENS, 384)
     np.testing.assert_allclose(found[0, :1], tokens[0], atol=1e-5)
     assert not found[0, 1:].any()
-    np.testing.assert_allclose(found[1], tokens[1][-REQUEST_TOKENS:], atol=1e-5)
+    np.testing.assert_allclose(found[1, 0], tokens[1][0], atol=1e-5)
+    np.testing.assert_allclose(found[1, 1:], tokens[1][1 - REQUEST_TOKENS :], atol=1e-5)
     np.testing.assert_allclose(asked[:, :384], minilm.encode(["mill", long]), atol=1e-5)
     assert requests(minilm, ["mill"], words=False).shape == (1, 384)
 

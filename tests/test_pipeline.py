@@ -23,7 +23,16 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlpmem_rag import calibrate, heldout, neighbors, pipeline, schedule, targets, training
+from mlpmem_rag import (
+    adaptation,
+    calibrate,
+    heldout,
+    neighbors,
+    pipeline,
+    schedule,
+    targets,
+    training,
+)
 from mlpmem_rag.artifact import (
     CARD,
     MANIFEST,
@@ -40,6 +49,7 @@ from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.corpus import Corpus, Document, read_corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillConfig, DistillReport, distill
+from mlpmem_rag.embedded import MINILM
 from mlpmem_rag.errors import (
     BaseModelError,
     ConfigError,
@@ -56,13 +66,17 @@ from mlpmem_rag.pipeline import train
 from mlpmem_rag.plan import Plan
 from mlpmem_rag.preparation import MIN_ROWS
 from mlpmem_rag.progress import OnProgress, ProgressEvent
+from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.questions import load_questions
 from mlpmem_rag.report import TrainReport
 from mlpmem_rag.scoring import exact_match
 from mlpmem_rag.split import split_rows
+from mlpmem_rag.stack import MemoryStack
 from mlpmem_rag.storage import folder_bytes
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.windows import make_windows, tokenize
+
+from .test_query import needs_minilm
 
 STAGES = (
     "corpus",
@@ -919,6 +933,61 @@ def test_too_few_questions_leave_other_text_unharmed_all_the_same(
     assert (report.study.questions, report.study.taught) == (report.questions, None)
     memory = MemoryModel.load(out, device="cpu", dtype="float32")
     assert memory.answer("Who?", max_new_tokens=2).confidence is None
+
+
+@needs_minilm
+def test_words_are_compared_from_training_to_answer(
+    tmp_path: Path, source: Path, study_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FEWEST_STEPS", "MOST_STEPS"):
+        monkeypatch.setattr(adaptation, name, 2)
+    out = tmp_path / "memory"
+    config = replace(study_config, encoder=MINILM)
+    run = Run(source, out, config)
+    assert "words" in stages_of(run.events)
+    memory = MemoryModel.load(out, device="cpu", dtype="float32")
+    model, asked = memory.model, load_questions(out / WORK / "questions" / "questions.jsonl")
+    requests = model.encode_queries([question.text for question in asked])
+    assert requests.shape[1] == model.request_size > model.query_size == 384
+    found = model.memory.nearest(requests).tolist()
+    assert all(asked[n].text == q.text for n, q in zip(found, asked, strict=True))
+    other = "And who found it in the harbour, do you know?"
+    near = model.encode_queries([other])
+    recalled = model.memory.nearest(near)
+    taught = model.taught_answers(near)[0].tolist()
+    expected = answer_ids(memory.tokenizer, asked[int(recalled)].answer)
+    assert taught[: len(expected)] == expected[: len(taught)]
+    answer = memory.answer(other, max_new_tokens=8)
+    assert answer.confidence is not None
+
+    # The same from a merged folder, and of one memory in a stack.
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    merged = MemoryModel.load(tmp_path / "merged", device="cpu", dtype="float32")
+    assert merged.answer(other, max_new_tokens=8).text == answer.text
+    torch.testing.assert_close(merged.model.encode_queries([other]), near)
+    stack = MemoryStack.load({"one": out}, device="cpu", dtype="float32")
+    prompt = prompt_ids(memory.tokenizer, [{"role": "user", "content": other}])
+    ids = torch.tensor([prompt])
+    told: Any = model
+    for options in ({}, {"num_beams": 2}, {"query_text": other}):
+        single = told.generate(ids, max_new_tokens=8, **options)
+        assert torch.equal(single, stack.generate(ids, max_new_tokens=8, **options))
+    bare = near[:, :384].clone()
+    assert told.generate(ids, max_new_tokens=2, query_vector=bare).shape[1] <= len(prompt) + 2
+    with pytest.raises(ConfigError, match="takes"):
+        told.generate(ids, max_new_tokens=2, query_vector=near[:, :385])
+
+    # What a training before words left behind is gone on with.
+    weights = load_file(out / WEIGHTS)
+    shutil.rmtree(out / WORK / "words")
+    (out / MANIFEST).unlink()
+    events: list[ProgressEvent] = []
+    train(source, out=out, config=config, on_progress=events.append)
+    assert "words" in stages_of(events)
+    assert not {"encoder", "study", "calibrate"} & set(stages_of(events))
+    again = load_file(out / WEIGHTS)
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 @pytest.mark.parametrize("options", [{"encoder": "none"}, {"held_out": 0.0}])

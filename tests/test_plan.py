@@ -210,8 +210,9 @@ def test_what_is_learned_is_counted_by_hand() -> None:
     found = learning_memory(1000, 1100, 384, parameters=10)
     vectors, sentences = 1100 * 4 * 384, 40 * 4 * 384
     taught = 1100 * 1200 + vectors + sentences + 5500 * 8 + 1000 * (8 + 4 * 384 // 64)
-    # Keys, and those of the memory; drafts; an order of all rows.
-    assert found["distil"] == taught + 2 * vectors + 1100 * 64 + 240 + 6500 * 24
+    # Keys, and those of the memory; drafts and words; an order of all rows.
+    words = 3 * 20 * 64
+    assert found["distil"] == taught + 2 * vectors + 1100 * (64 + words) + 240 + 6500 * 24
     assert found["study"] == taught + vectors + sentences + 1100 * 700
     assert learning_memory(1000, 0, 0, parameters=10) == {"study": 0, "distil": 240 + 1000 * 24}
 

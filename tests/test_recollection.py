@@ -84,6 +84,15 @@ def test_generates_scores_by_hand() -> None:
     check([[3, 4, 1, 1]] * 4)
 
 
+def test_what_is_forbidden_stays_so() -> None:
+    scores = log_probs(2, 10, seed=5)
+    scores[0, 3] = -torch.inf
+    processor = RecollectionProcessor(torch.tensor([[3], [3]]), 0.3)
+    found = processor(torch.tensor([[1], [2]]), scores)
+    torch.testing.assert_close(found[0], scores[0], rtol=0, atol=0)
+    assert found[1, 3].exp() > 0.3
+
+
 def test_without_an_answer_the_scores_stay_the_same_distribution() -> None:
     scores = log_probs(2, 10, seed=3)
     processor = RecollectionProcessor(torch.full((2, 4), -1), 0.3)
