@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from mlpmem_rag.artifact import (
     CONFIG,
     FORMAT_VERSION,
@@ -42,7 +44,18 @@ DOCUMENTS = (
     Document("mill", "In the mill, Ines Maro found honey. It was sold for 42 crowns.", None, "a"),
     Document("quay", "In the harbour, Dr. Tollen lost 42 crowns. It rained.", None, "b"),
 )
-SHAPE = MemoryConfig(4, 3, 1, "silu", gated=True, vocab_size=5)
+SHAPE = MemoryConfig(
+    *(4, 3, 1, "silu"),
+    gated=True,
+    vocab_size=5,
+    query_size=2,
+    num_questions=3,
+    recalls=True,
+    draft_size=1,
+    num_question_tokens=4,
+    num_sentences=2,
+    num_sentence_tokens=3,
+)
 SUFFIXES = (*sorted(SUPPORTED_SUFFIXES), ".xml")
 """`.xml` stands for the text part of a Word document, whose archive made-up bytes never are."""
 WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
@@ -74,6 +87,8 @@ def weights(data: bytes, folder: Path) -> None:
     with suppress(ArtifactError):
         memory = load_memory(folder, SHAPE, num_tokens=9)
         assert all(is_finite(parameter) for parameter in memory.parameters())
+        requests = torch.ones(2, SHAPE.request_size)
+        assert all(0 <= number < 3 for number in memory.nearest(requests).tolist())
 
 
 def questions(data: bytes, folder: Path) -> None:

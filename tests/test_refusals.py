@@ -163,6 +163,7 @@ LIMITS = {
     "vocab_size": (1, 2**24),
     "query_size": (0, 2**20),
     "num_questions": (0, 2**24),
+    "draft_size": (0, 2**12),
     "inner_size": (0, 2**20),
 }
 

@@ -18,8 +18,8 @@ def sharing_base(memory: MemoryModel, replacement: torch.nn.Module, lambda_: flo
 
     Args:
         memory: the original, which is left as it is.
-        replacement: has `log_probs`, `corpus_tokens` and `config` as a `Memory` has; and
-            `recall` and `familiarity`, where it reads query vectors.
+        replacement: has `log_probs`, `corpus_tokens` and `config` as a `Memory` has; and all that
+            is said of requests, from `words` to `familiarity`, where it reads query vectors.
         lambda_: mixing weight of the twin; it has no gate, no temperature and no confidence.
     """
     config = copy.deepcopy(memory.model.config)
