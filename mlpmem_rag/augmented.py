@@ -110,10 +110,10 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         """Whether a memory has any weight at this one."""
         return lambda_ > 0
 
-    def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
+    def processors(self, query: Tensor, begins: Tensor, lambda_: float) -> list[LogitsProcessor]:
         """What `generate` does to the scores of answers to these requests, before what it is given.
 
-        *Shape:* (B, R), rows of zeros where no answer begins.
+        `begins` tells where a prompt ends with the beginning of one. *Shapes:* (B, R), (B,).
         """
         raise NotImplementedError
 
@@ -293,7 +293,7 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
             begins = self._begins_answers(ids)
             mine: list[LogitsProcessor] = []
             if bool(begins.any()):
-                mine = self.processors(query_vector * begins[:, None], lambda_)
+                mine = self.processors(query_vector, begins, lambda_)
             if mine and len(args) > 1:  # by its place
                 args = (args[0], LogitsProcessorList([*mine, *(args[1] or ())]), *args[2:])
             elif mine:
@@ -312,15 +312,15 @@ class AugmentedLM(PreTrainedModel, GenerationMixin):
         return known[1]
 
     def _begins_answers(self, token_ids: Tensor | None) -> Tensor:
-        """1 for prompts that end where an answer begins, 0 for those that have begun it.
+        """Whether prompts end where an answer begins; those that have begun it do not.
 
         *Shape:* (B, T) -> (B,), of nothing where there are no ids or no marks.
         """
         marks = self._known_marks()
         if marks is None or self.tokenizer is None or token_ids is None:
-            return torch.zeros(0, device=self.device)
+            return torch.zeros(0, dtype=torch.bool, device=self.device)
         texts = self.tokenizer.batch_decode(token_ids, clean_up_tokenization_spaces=False)
-        return torch.tensor([float(marks.ends(text)) for text in texts], device=self.device)
+        return torch.tensor([marks.ends(text) for text in texts], device=self.device)
 
     def queries_in(self, token_ids: Tensor) -> Tensor | None:
         """Vectors of the questions that prompts ask; None where none does. *Shape:* (B, T)."""

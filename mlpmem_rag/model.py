@@ -178,9 +178,9 @@ class MLPMemForCausalLM(AugmentedLM):
         found = self._found  # another thread may put its own there
         return self.memory.taught_answers(told, found[1] if found and found[0] is told else None)
 
-    def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
-        """See `AugmentedLM.processors`."""
-        answers = self.memory.taught_answers(query)
+    def processors(self, query: Tensor, begins: Tensor, lambda_: float) -> list[LogitsProcessor]:
+        """See `AugmentedLM.processors`; the recall serves the first pass too."""
+        answers = self.taught_answers(query).masked_fill(~begins[:, None], -1)
         return [RecollectionProcessor(answers, SHARE * lambda_)] if answers.shape[1] else []
 
     def familiarity(self, query: Tensor) -> list[float]:

@@ -191,12 +191,12 @@ class MemoryStack(AugmentedLM):
         reading = {name: m.view for name, m in members if m.settings.memory.query_size}
         return {name: query[:, views[view]] for name, view in reading.items()}
 
-    def processors(self, query: Tensor, lambda_: float) -> list[LogitsProcessor]:
+    def processors(self, query: Tensor, begins: Tensor, lambda_: float) -> list[LogitsProcessor]:
         """See `AugmentedLM.processors`; one for each memory that recalls."""
         found: list[LogitsProcessor] = []
         for name, view in self._told(query).items():
             share = SHARE * lambda_ * self.config.members[name]
-            answers = self._memory(name).taught_answers(view)
+            answers = self._memory(name).taught_answers(view).masked_fill(~begins[:, None], -1)
             if share > 0 and answers.shape[1]:
                 found.append(RecollectionProcessor(answers, share))
         return found
