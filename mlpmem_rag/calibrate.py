@@ -28,7 +28,7 @@ from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.progress import OnProgress, ProgressEvent, ignore_progress
 from mlpmem_rag.prompts import answer_ids
 from mlpmem_rag.query import QueryEncoder, Vectors
-from mlpmem_rag.questions import Question, without_topic
+from mlpmem_rag.questions import Question, accepted_answers, without_topic
 from mlpmem_rag.scoring import exact_match, normalize
 from mlpmem_rag.study import StudyRows
 from mlpmem_rag.tap import HiddenTap
@@ -321,8 +321,8 @@ class StudyFigures:
         questions: taught in all.
         sources: distinct sentences or lines they were written from.
         coverage: share of the corpus's words that stand in the answer of some question.
-        taught: exact match on questions that were learned.
-        held_out: exact match on other wordings of what was learned.
+        taught: exact match on questions that were learned, as `accepted_answers` has it.
+        held_out: the same on other wordings of what was learned.
         nearest: exact match there of the answer to the learned question that it is recalled as,
             which is what a memory without generalisation would reach.
         unknown: exact match on questions about documents that were not learned.
@@ -416,7 +416,9 @@ def calibrate(
     gate = Gate(asked=constant_weights(ASKED_OPENING), plain=plain)
 
     asked = np.concatenate([taught, known, unknown])
-    right_answers = [answer_ids(backbone.tokenizer, questions[n].answer) for n in asked]
+    every_answer = accepted_answers(questions)
+    accepted = [every_answer[n] for n in asked]
+    lengths = [len(answer_ids(backbone.tokenizer, a)) for answers in accepted for a in answers]
     texts = [questions[n].text for n in asked]
     vectors = study.query_vectors[asked]
     if encoder is not None and model.memory.words is not None:
@@ -426,56 +428,48 @@ def calibrate(
         backbone.tokenizer,
         texts,
         vectors,
-        max_new_tokens=max(map(len, right_answers)) + 1,  # what goes on for longer is wrong
+        max_new_tokens=max(lengths) + 1,  # what goes on for longer is wrong
     )
-    right = np.array(
-        [exact_match(t, [questions[n].answer]) for n, (t, _) in zip(asked, replies, strict=True)]
-    )
+    right = np.array([exact_match(r, a) for (r, _), a in zip(replies, accepted, strict=True)])
     traces = [trace for _, trace in replies]
-    held_out = np.arange(len(taught), len(asked))
-    known_vectors = vectors[len(taught) : len(taught) + len(known)]
+    sure = _unfitted(traces, right, rng)
+    held_out, unlearned = len(taught), len(taught) + len(known)
     learned = split.train[np.isin(split.train, study.questions)]
-    nearest = nearest_answers(model.memory, known_vectors, questions, learned, known)
+    nearest = nearest_answers(model.memory, vectors[held_out:unlearned], questions, learned, known)
     figures = StudyFigures(
         questions=len(questions),
         sources=len(study.source_vectors),
         coverage=coverage,
-        taught=float(right[: len(taught)].mean()),
-        held_out=float(right[len(taught) : len(taught) + len(known)].mean()),
+        taught=float(right[:held_out].mean()),
+        held_out=float(right[held_out:unlearned].mean()),
         nearest=float(np.mean(nearest)),
-        unknown=float(right[len(taught) + len(known) :].mean()) if len(unknown) else None,
-        confidence_auroc=_auroc(traces, right, held_out, rng),
+        unknown=float(right[unlearned:].mean()) if len(unknown) else None,
+        confidence_auroc=_auroc(right[held_out:], sure[held_out:]),
         text_gate=float(gate.opening(text.features, asked=False).mean()),
     )
-    confidence = fit_confidence([traces[n] for n in held_out], right[held_out].tolist())
-    answers = () if confidence is None else _told(traces, right, asked, held_out, len(known), rng)
-    return Calibration(gate, confidence, figures, answers)
+    confidence = fit_confidence(traces, right.tolist())
+    told = range(held_out, unlearned) if confidence else ()
+    answers = [HeldOutAnswer(int(asked[n]), float(sure[n]), bool(right[n])) for n in told]
+    return Calibration(gate, confidence, figures, tuple(answers))
 
 
-def _told(
-    traces: Sequence[Trace],
-    right: Mask,
-    asked: Numbers,
-    held_out: Numbers,
-    known: int,
-    rng: np.random.Generator,
-) -> tuple[HeldOutAnswer, ...]:
-    """The answers to the first of the held-out questions, each with a confidence fitted on others.
+def _unfitted(traces: Sequence[Trace], right: Mask, rng: np.random.Generator) -> Floats:
+    """The confidence of each answer, fitted on the others of `FOLDS` parts. *Shape:* (N,).
 
     Where all of these were right, or none, that is their share.
     """
-    fold = rng.permutation(len(held_out)) % FOLDS
-    sure = np.empty(len(held_out))
+    fold = rng.permutation(len(traces)) % FOLDS
+    sure = np.empty(len(traces))
     for number in range(FOLDS):
-        others = held_out[fold != number]
+        others = np.flatnonzero(fold != number).tolist()
         model = fit_confidence([traces[n] for n in others], right[others].tolist())
-        for place in np.flatnonzero(fold == number):
-            trace = traces[held_out[place]]
-            sure[place] = right[others].mean() if model is None else model.of(trace)
-    return tuple(
-        HeldOutAnswer(int(asked[n]), float(c), bool(right[n]))
-        for n, c in zip(held_out[:known], sure, strict=False)
-    )
+        for place in np.flatnonzero(fold == number).tolist():
+            sure[place] = right[others].mean() if model is None else model.of(traces[place])
+    return sure
+
+
+def _auroc(right: Mask, sure: Floats) -> float | None:
+    return float(roc_auc_score(right, sure)) if len(set(right.tolist())) > 1 else None
 
 
 def nearest_answers(
@@ -485,7 +479,7 @@ def nearest_answers(
     learned: Numbers,
     asked: Numbers,
 ) -> list[bool]:
-    """Whether the learned question nearest to each one asked has the same answer.
+    """Whether the learned question nearest to each one asked has an answer that is accepted for it.
 
     `learned` are those whose keys the memory has, in their order. *Shape:* vectors (N, R).
     """
@@ -494,24 +488,10 @@ def nearest_answers(
         told = torch.from_numpy(vectors).to(memory.questions.device)
         places = torch.cat([memory.nearest(part) for part in told.split(BATCH)]).cpu().numpy()
     found = learned[places]
+    accepted = accepted_answers(questions)
     return [
-        exact_match(questions[f].answer, [questions[a].answer])
-        for f, a in zip(found, asked, strict=True)
+        exact_match(questions[f].answer, accepted[a]) for f, a in zip(found, asked, strict=True)
     ]
-
-
-def _auroc(
-    traces: Sequence[Trace], right: Mask, rows: Numbers, rng: np.random.Generator
-) -> float | None:
-    """Fitted on one half of the rows, measured on the other."""
-    order = rng.permutation(rows)
-    half = len(order) // 2
-    fitted: list[int] = order[:half].tolist()
-    measured: list[int] = order[half:].tolist()
-    model = fit_confidence([traces[n] for n in fitted], right[fitted].tolist())
-    if model is None or len(set(right[measured].tolist())) < 2:
-        return None
-    return float(roc_auc_score(right[measured], [model.of(traces[n]) for n in measured]))
 
 
 def answer_coverage(questions: Sequence[Question], documents: Sequence[Document]) -> float:

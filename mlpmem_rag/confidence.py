@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 NUM_FEATURES = 7
+SHRINKAGE = 4.0
+"""`C` of the logistic regression times its number of answers: its features are weighted much alike.
+What people ask is unlike what it is fitted on, and weights that tell written questions apart best
+say too little about theirs (docs/experiments.md)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def trace_features(trace: Trace) -> tuple[float, ...]:
 
 
 def fit_confidence(traces: Sequence[Trace], right: Sequence[bool]) -> Confidence | None:
-    """Logistic regression on held-out questions; None where all were right, or none was."""
+    """Logistic regression on written questions; None where all were right, or none was."""
     # Only training needs it, and answering would carry its 40 MB.
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -75,7 +79,9 @@ def fit_confidence(traces: Sequence[Trace], right: Sequence[bool]) -> Confidence
     if len(set(right)) < 2:
         return None
     features = np.array([trace_features(trace) for trace in traces])
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model = make_pipeline(
+        StandardScaler(), LogisticRegression(C=SHRINKAGE / len(traces), max_iter=1000)
+    )
     model.fit(features, np.array(right))
     scaler, logistic = model.steps[0][1], model.steps[1][1]
     weights = logistic.coef_[0] / scaler.scale_

@@ -44,6 +44,17 @@ def without_topic(text: str) -> str:
     return re.sub(r" \([^()]*\)\?$", "?", text.casefold())
 
 
+def accepted_answers(questions: Sequence[Question]) -> list[list[str]]:
+    """For each question the answers of all that are asked in the same words: any of them is right.
+
+    *Who is Ada's friend?* may have been written several times, each time about another one.
+    """
+    answers: dict[str, dict[str, None]] = {}
+    for question in questions:
+        answers.setdefault(question.text.casefold(), {})[question.answer] = None
+    return [list(answers[question.text.casefold()]) for question in questions]
+
+
 class QuestionWriter(Protocol):
     """Writes questions from documents: the same ones for the same documents."""
 

@@ -32,6 +32,7 @@ from mlpmem_rag.calibrate import (
     split_questions,
     unharming,
 )
+from mlpmem_rag.confidence import SHRINKAGE
 from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.datastore import Datastore, build_datastore
@@ -435,7 +436,7 @@ class Stages:
     ) -> tuple[Calibration, Perplexities]:
         """Gate and confidence from what was held out, figures from the test documents."""
         prepared = self._prepared
-        key = self._after("distil", self._keys["words"], WORDS_WEIGHTS, SHARE)
+        key = self._after("distil", self._keys["words"], WORDS_WEIGHTS, SHARE, SHRINKAGE)
         with self._stage("calibration", key) as (folder, done):
             path = folder / "calibration.json"
             if not done:

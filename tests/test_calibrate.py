@@ -34,7 +34,7 @@ from mlpmem_rag.calibrate import (
     split_questions,
     unharming,
 )
-from mlpmem_rag.confidence import Confidence
+from mlpmem_rag.confidence import Confidence, Trace, fit_confidence
 from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.gate import Gate, gate_features
@@ -42,7 +42,7 @@ from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
 from mlpmem_rag.prompts import answer_ids, prompt_ids
 from mlpmem_rag.query import PooledEncoder
-from mlpmem_rag.questions import Question, without_topic
+from mlpmem_rag.questions import Question, accepted_answers, without_topic
 from mlpmem_rag.recall import question_keys
 from mlpmem_rag.scoring import exact_match
 from mlpmem_rag.study import StudyRows, study_rows
@@ -488,6 +488,68 @@ def test_its_figures_equal_a_count_of_the_answers(
     nearest = nearest_answers(llama.model.memory, vectors, QUESTIONS, split.train, split.known)
     assert figures.nearest == sum(nearest) / 2
     assert (calibration.confidence, figures.confidence_auroc) == (None, None), "all were wrong"
+
+
+def test_any_answer_to_the_same_words_is_right() -> None:
+    questions = [
+        Question("Who is her friend?", "Ines", "s", "a"),
+        Question("When was it?", "1887", "s", "a"),
+        Question("who is her Friend?", "Tollen", "t", "b"),
+        Question("Who is her friend? (The mill)", "Maro", "t", "b"),
+        Question("Who is her friend?", "Ines", "u", "c"),
+    ]
+    friends = ["Ines", "Tollen"]
+    assert accepted_answers(questions) == [friends, ["1887"], friends, ["Maro"], friends]
+    assert accepted_answers([]) == []
+
+
+def test_the_confidence_is_fitted_on_all_it_asks_and_told_by_those_it_was_not_fitted_on(
+    llama: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty questions, always two in the same words; the scripted replies are right when sure."""
+    rng = np.random.default_rng(0)
+    questions = [Question(f"Who is {n // 2}?", f"{n} Maro", f"s{n}", "d") for n in range(60)]
+    width = llama.study.query_vectors.shape[1]
+    study = replace(
+        llama.study, query_vectors=rng.normal(size=(60, width)).astype(np.float32),
+        questions=np.arange(60, dtype=np.int32),
+    )  # fmt: skip
+    sure = rng.random(60)
+    of = {question.text: n for n, question in enumerate(questions)}  # the second of each two
+    traces: dict[str, tuple[str, Trace]] = {}
+    for asking, n in of.items():
+        other = questions[n - 1].answer  # another answer than the one of the row that is asked
+        traces[asking] = (
+            other if sure[n] > 0.4 else "nobody",
+            Trace((-1 + sure[n], -0.1), (2 - sure[n], rng.random()), 0.5),
+        )
+
+    def scripted(_: object, __: object, texts: list[str], *___: object, **____: object) -> object:
+        return [traces[text] for text in texts]
+
+    monkeypatch.setattr(module, "answer_batch", scripted)
+    split = QuestionSplit(np.arange(1, 40, 2), np.arange(41, 52, 2), np.arange(53, 60, 2))
+    rows = np.arange(sum(window.num_rows for window in llama.windows))
+    text = score_text(llama.backbone, llama.model.memory, llama.windows, rows)
+    others = other_texts(llama.backbone, seed=0)
+    found = calibrate(llama.model, llama.backbone, questions, study, split, text, others, 1, seed=0)
+
+    asked = np.concatenate([split.train, split.known, split.unknown])
+    right = sure[asked] > 0.4
+    told = [traces[questions[n].text][1] for n in asked]
+    assert found.confidence == fit_confidence(told, right.tolist())
+    figures = found.figures
+    assert figures.taught == pytest.approx(right[:20].mean())
+    assert figures.held_out == pytest.approx(right[20:26].mean())
+    assert figures.unknown == pytest.approx(right[26:].mean())
+    assert figures.confidence_auroc == 1, "the surer, the more often right"
+    assert [answer.question for answer in found.answers] == split.known.tolist()
+    assert [answer.right for answer in found.answers] == right[20:26].tolist()
+    assert found.confidence is not None
+    whole = [found.confidence.of(trace) for trace in told[20:26]]
+    parts = [answer.confidence for answer in found.answers]
+    assert parts != pytest.approx(whole, abs=1e-6), "of its own fit"
+    assert parts == pytest.approx(whole, abs=0.1), "but of one like it"
 
 
 @pytest.mark.parametrize("confidence", [None, Confidence((0.5,) * 8)])

@@ -55,7 +55,9 @@ def test_the_probability_is_scikit_learns_on_the_raw_features(separable: bool) -
             for t in traces
         ]
     )
-    known = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(raw, right)
+    known = make_pipeline(StandardScaler(), LogisticRegression(C=4 / 100, max_iter=1000)).fit(
+        raw, right
+    )
     confidence = fit_confidence(traces, right)
     assert confidence is not None
     found = [confidence.of(trace) for trace in traces]

@@ -15,7 +15,7 @@ from mlpmem_eval.questions import EvalQuestion
 from mlpmem_eval.taught import taught_questions
 from mlpmem_rag.artifact import WORK
 from mlpmem_rag.calibrate import Calibration, HeldOutAnswer
-from mlpmem_rag.questions import Question
+from mlpmem_rag.questions import accepted_answers
 from mlpmem_rag.scoring import exact_match
 
 
@@ -29,11 +29,10 @@ def held_out_answers(folder: Path) -> list[tuple[EvalQuestion, HeldOutAnswer]]:
     if questions is None or not kept.is_file():
         return []
     answers = Calibration.from_dict(json.loads(kept.read_text(encoding="utf-8"))).answers
-    return [(_asked(answer.question, questions[answer.question]), answer) for answer in answers]
-
-
-def _asked(number: int, question: Question) -> EvalQuestion:
-    return EvalQuestion(str(number), question.text, (question.answer,))
+    accepted = accepted_answers(questions)
+    numbers = [answer.question for answer in answers]
+    asked = [EvalQuestion(str(n), questions[n].text, tuple(accepted[n])) for n in numbers]
+    return list(zip(asked, answers, strict=True))
 
 
 def weigh(held_out: Sequence[tuple[EvalQuestion, HeldOutAnswer]], rag: Answerer) -> dict[str, Any]:

@@ -267,6 +267,7 @@ def test_memory_first_weighs_both_on_held_out_questions(
     kept = Calibration(Gate(plain, plain), None, StudyFigures(4, 4, 1.0), answers)
     write_json(work / "calibration" / "calibration.json", asdict(kept))
     written = [Question(f"What of {n}?", f"it is {n}", "s", "doc-0") for n in range(5)]
+    written.append(replace(written[1], answer="it may be one"))  # right as well
     save_questions(written, work / "questions" / "questions.jsonl")
     bench = bench_of(tmp_path / "memory", tiny_documents, tmp_path / "bench")
     (tmp_path / "bench").mkdir()
@@ -277,7 +278,7 @@ def test_memory_first_weighs_both_on_held_out_questions(
     class Scripted(QueryEngineAnswerer):
         def answer(self, question: str) -> Reply:
             asked.append(question)
-            return Reply(written[1].answer if question == written[1].text else "nothing")
+            return Reply(written[5].answer if question == written[1].text else "nothing")
 
     monkeypatch.setattr(bench, "rag_answerer", lambda n, _: Scripted(n, cast(Any, None), {}))
     bench.tuned_rag  # noqa: B018  searched for before
