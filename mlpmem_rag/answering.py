@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
-from mlpmem_rag.memory import columns_of
+from mlpmem_rag.memory import Candidates, Memory, columns_of
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import STOP_STRING, chats, conversation
@@ -26,15 +27,16 @@ LEAST = -16.0
 class Recorder(LogitsProcessor):
     """Notes how sure the memory is of each token that is chosen greedily, and changes nothing.
 
-    As a processor it comes last, and hears beforehand what the memory says. It notes how familiar
-    the requests are as well, where they are given. *Shape:* (B, R).
+    As a processor it comes last, and hears beforehand what the memory says. Where requests are
+    given, it notes what they may mean as well. *Shape:* (B, R).
     """
 
     def __init__(self, model: MLPMemForCausalLM, query: Tensor | None) -> None:
         self._corpus_tokens = model.memory.corpus_tokens
-        self._familiarity = None if query is None else model.familiarity(query)
+        self._request = None if query is None else Request.of(model, query)
         self._heard: Tensor | None = None
         self._steps: list[Tensor] = []  # log-probabilities and entropies, (2, B) each
+        self._tokens: list[Tensor] = []  # (B,) each
 
     def hear(self, log_probs: Tensor) -> None:
         """What the memory says before a token is chosen. *Shape:* (B, T, V)."""
@@ -49,6 +51,7 @@ class Recorder(LogitsProcessor):
     def note(self, log_probs: Tensor, tokens: Tensor) -> None:
         """The next tokens; nobody waits for what is noted. *Shapes:* (B, V), (B,)."""
         self._steps.append(sureness(log_probs, tokens, self._corpus_tokens))
+        self._tokens.append(tokens)
 
     @property
     def num_steps(self) -> int:
@@ -57,10 +60,43 @@ class Recorder(LogitsProcessor):
 
     def trace(self, line: int, length: int) -> Trace:
         """Of one sequence of the batch, up to its last token."""
-        steps = [step[:, line] for step in self._steps[:length]]
-        log_probs, entropies = torch.stack(steps, dim=1).tolist() if steps else ((), ())
-        familiarity = self._familiarity[line] if self._familiarity else 0.0
-        return Trace(tuple(log_probs), tuple(entropies), familiarity)
+        if not self._steps[:length]:
+            return Trace((), ())
+        steps = torch.stack([step[:, line] for step in self._steps[:length]], dim=1)
+        tokens = torch.stack([chosen[line] for chosen in self._tokens[:length]])
+        near, support = self._request.means(line, tokens) if self._request else (0.0, 0.0)
+        log_probs, entropies = steps.tolist()
+        return Trace(tuple(log_probs), tuple(entropies), near, support)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a memory takes requests for.
+
+    Attributes:
+        memory: which.
+        candidates: learned questions that they may mean.
+        familiarity: see `Memory.familiarity`.
+    """
+
+    memory: Memory
+    candidates: Candidates
+    familiarity: list[float]
+
+    @classmethod
+    def of(cls, model: MLPMemForCausalLM, query: Tensor) -> Request | None:
+        """None: the memory was taught no questions. *Shape:* (B, R)."""
+        told = query.to(model.device)
+        candidates = model.candidates(told)
+        if candidates is None:
+            return None
+        near = model.memory.familiarity(told, candidates.best)
+        return cls(model.memory, candidates, near)
+
+    def means(self, line: int, answer: Tensor) -> tuple[float, float]:
+        """How familiar one of them is, and how much supports an answer's tokens. *Shape:* (A,)."""
+        support = self.memory.support(self.candidates.of(line), answer[None])[0]
+        return self.familiarity[line], support
 
 
 def sureness(log_probs: Tensor, tokens: Tensor, corpus_tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NUM_FEATURES = 7
+NUM_FEATURES = 8
 SHRINKAGE = 4.0
 """`C` of the logistic regression times its number of answers: its features are weighted much alike.
 What people ask is unlike what it is fitted on, and weights that tell written questions apart best
@@ -23,11 +23,13 @@ class Trace:
         log_probs: what it gives the tokens that the mixture has chosen, in nats.
         entropies: of its distributions there, in nats.
         familiarity: how near the request is to a question that was learned, -1 to 1.
+        support: share of the questions it may mean that were taught this very answer, 0 to 1.
     """
 
     log_probs: tuple[float, ...]
     entropies: tuple[float, ...]
     familiarity: float = 0.0
+    support: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def trace_features(trace: Trace) -> tuple[float, ...]:
         sum(trace.entropies) / len(trace.entropies),
         float(len(trace.log_probs)),
         trace.familiarity,
+        trace.support,
     )
 
 

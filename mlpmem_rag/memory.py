@@ -34,6 +34,8 @@ from mlpmem_rag.late_interaction import (
 
 PIECE = 8192
 """Keys that are compared with a request at once."""
+SUPPORT_TEMPERATURE = 1 / 30
+"""Of the candidates' scores, where it is asked how many of them agree (docs/experiments.md)."""
 SIZES = {"small": 1 / 16, "base": 1 / 10, "large": 1 / 4}
 """Number of blocks as a share of the base's layers; `large` is the paper's (8 of 32)."""
 
@@ -208,6 +210,27 @@ def _norm(config: MemoryConfig) -> nn.Module:
     return kind(config.width, eps=config.norm_eps)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Learned questions that B requests may mean.
+
+    Attributes:
+        best: number of the one that each is taken for. *Shape:* (B,).
+        numbers: of those that come nearest. *Shape:* (B, K).
+        scores: how near, -1 to 1; -inf at places that are free. *Shape:* (B, K).
+    """
+
+    best: Tensor
+    numbers: Tensor
+    scores: Tensor
+
+    def of(self, line: int) -> Candidates:
+        """Those of one request."""
+        return Candidates(
+            *(part[line : line + 1] for part in (self.best, self.numbers, self.scores))
+        )
+
+
 class Memory(nn.Module):
     """Hidden states, and the request's query vector -> logits over the corpus vocabulary.
 
@@ -277,22 +300,27 @@ class Memory(nn.Module):
         width = self.config.query_size
         return query if query.shape[1] == width else query[:, :width]
 
-    def nearest(self, query: Tensor) -> Tensor:
-        """Number of the learned question that each request comes nearest to.
+    def candidates(self, query: Tensor) -> Candidates:
+        """The learned questions that each request may mean.
 
-        By its key; where the request brings its tokens, by the words of the first few as well.
-        *Shape:* (B, Q) or (B, R) -> (B,).
+        By their keys; where the request brings its tokens, by the words of the first few as well.
+        *Shape:* (B, Q) or (B, R).
         """
         # In bfloat16 whole numbers of keys agree alike: products of it are taken in float32.
         told = self.place(query).float()
         agreement = torch.cat([told @ keys.float().T for keys in self.questions.split(PIECE)], -1)
         agreement = agreement.masked_fill(agreement == 0, -torch.inf)  # 0: a free place
-        if self.words is None or query.shape[1] == self.config.query_size:
-            return agreement.argmax(-1)
         near, numbers = agreement.topk(min(CANDIDATES, agreement.shape[-1]), dim=-1)  # (B, K)
+        if self.words is None or query.shape[1] == self.config.query_size:
+            return Candidates(agreement.argmax(-1), numbers, near)
         tokens = tokens_of(query, self.config.query_size)
-        best = (near + WEIGHT * self.words.agreement(tokens, numbers)).argmax(-1, keepdim=True)
-        return numbers.gather(-1, best).squeeze(-1)
+        scores = (near + WEIGHT * self.words.agreement(tokens, numbers)) / (1 + WEIGHT)
+        best = scores.argmax(-1, keepdim=True)
+        return Candidates(numbers.gather(-1, best).squeeze(-1), numbers, scores)
+
+    def nearest(self, query: Tensor) -> Tensor:
+        """Number of the learned question that each request comes nearest to. *Shape:* -> (B,)."""
+        return self.candidates(query).best
 
     def recall(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:
         """The learned question that each request comes nearest to, as the blocks were taught it.
@@ -327,6 +355,23 @@ class Memory(nn.Module):
             agreement = torch.where(tokens.ne(0).flatten(1).any(1), both, agreement)
         numbers: list[float] = agreement.tolist()
         return numbers
+
+    def support(self, candidates: Candidates, answers: Tensor) -> list[float]:
+        """How much of what requests may mean was taught these answers.
+
+        The share of the candidates whose answers begin so, weighted by how near they come
+        (a softmax at `SUPPORT_TEMPERATURE`); 0 where none are known.
+
+        Args:
+            candidates: of B requests.
+            answers: token ids, -1 behind their ends. *Shape:* (B, A).
+        """
+        size = self.config.draft_size
+        begun = F.pad(answers[:, :size], (0, max(0, size - answers.shape[1])), value=-1)
+        same = (self.drafts[candidates.numbers] == begun[:, None]).all(-1) & bool(size)
+        weights = (candidates.scores / SUPPORT_TEMPERATURE).softmax(-1).nan_to_num(0.0)
+        shares: list[float] = (weights * same).sum(-1).tolist()
+        return shares
 
     def taught_answers(self, query: Tensor, nearest: Tensor | None = None) -> Tensor:
         """How the answers to the questions begin that requests are recalled as.

@@ -32,7 +32,7 @@ from mlpmem_rag.hardware import resolve_device, resolve_dtype
 from mlpmem_rag.integrity import Verify, verify_mode
 from mlpmem_rag.late_interaction import Words
 from mlpmem_rag.load_options import refuse_other_memory, refuse_quantization, taken_options
-from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory import Candidates, Memory, MemoryConfig
 from mlpmem_rag.mixing import asks, check_lambda, check_temperature, mix
 from mlpmem_rag.query import QueryEncoder, check_encoder, fitting_encoder
 from mlpmem_rag.recollection import SHARE, RecollectionProcessor
@@ -75,7 +75,7 @@ class MLPMemForCausalLM(AugmentedLM):
         self.gate = Gate(**{n: tuple(w) for n, w in gate.items()}) if gate else None
         self.source: Source | None = None
         self._encoder: QueryEncoder | None = None
-        self._found: tuple[Tensor, Tensor] | None = None
+        self._found: tuple[Tensor, Candidates] | None = None
         self._listeners: dict[int, Callable[[Tensor], None]] = {}
         self._tap_layers(config.layer)
         self.base.requires_grad_(False)
@@ -162,9 +162,9 @@ class MLPMemForCausalLM(AugmentedLM):
         """See `Memory.recall`. *Shape:* (B, R) -> (B, Q)."""
         if not self.memory.recalls or torch.compiler.is_compiling():
             return self.memory.recall(query)
-        nearest = self.memory.nearest(query)
-        self._found = (query, nearest)
-        return self.memory.recall(query, nearest)
+        candidates = self.memory.candidates(query)
+        self._found = (query, candidates)
+        return self.memory.recall(query, candidates.best)
 
     def taught_answers(self, query: Tensor) -> Tensor:
         """How the answers to the questions begin that requests are recalled as.
@@ -172,24 +172,25 @@ class MLPMemForCausalLM(AugmentedLM):
         -1 behind their ends, and where nothing is asked or recalled. *Shape:* (B, R) -> (B, K).
         """
         told = query.to(self.device)
-        if not self.memory.recalls:
-            return self.memory.taught_answers(told)
-        self.recalled(told)
+        candidates = self.candidates(told) if self.memory.recalls else None
+        return self.memory.taught_answers(told, candidates.best if candidates else None)
+
+    def candidates(self, query: Tensor) -> Candidates | None:
+        """See `Memory.candidates`, found once for a tensor; the recall serves the next pass too.
+
+        None: the memory was taught no questions. *Shape:* (B, R).
+        """
+        if not self.memory.config.num_questions:
+            return None
+        if self.memory.recalls:
+            self.recalled(query)
         found = self._found  # another thread may put its own there
-        return self.memory.taught_answers(told, found[1] if found and found[0] is told else None)
+        return found[1] if found and found[0] is query else self.memory.candidates(query)
 
     def processors(self, query: Tensor, begins: Tensor, lambda_: float) -> list[LogitsProcessor]:
         """See `AugmentedLM.processors`; the recall serves the first pass too."""
         answers = self.taught_answers(query).masked_fill(~begins[:, None], -1)
         return [RecollectionProcessor(answers, SHARE * lambda_)] if answers.shape[1] else []
-
-    def familiarity(self, query: Tensor) -> list[float]:
-        """See `Memory.familiarity`; the recall serves the next pass too. *Shape:* (B, R)."""
-        told = query.to(self.device)
-        if self.query_size:
-            self.recalled(told)
-        found = self._found  # another thread may put its own there
-        return self.memory.familiarity(told, found[1] if found and found[0] is told else None)
 
     def mixed(
         self,

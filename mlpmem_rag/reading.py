@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mlpmem_rag.answering import sureness
+from mlpmem_rag.answering import Request, sureness
 from mlpmem_rag.backbone import context_window
 from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
@@ -238,8 +238,9 @@ def answer_trace(
         return log_probs, Trace((), ())
     tokens = torch.tensor(answer, device=model.device)
     own, entropies = sureness(torch.cat(heard, dim=1)[0], tokens, model.memory.corpus_tokens)
-    near = 0.0 if query_vector is None else model.familiarity(query_vector)[0]
-    return log_probs, Trace(tuple(own.tolist()), tuple(entropies.tolist()), near)
+    request = None if query_vector is None else Request.of(model, query_vector)
+    near, support = request.means(0, tokens) if request else (0.0, 0.0)
+    return log_probs, Trace(tuple(own.tolist()), tuple(entropies.tolist()), near, support)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

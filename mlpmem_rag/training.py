@@ -32,7 +32,7 @@ from mlpmem_rag.calibrate import (
     split_questions,
     unharming,
 )
-from mlpmem_rag.confidence import SHRINKAGE
+from mlpmem_rag.confidence import NUM_FEATURES, SHRINKAGE
 from mlpmem_rag.config import TrainConfig, optimisation
 from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.datastore import Datastore, build_datastore
@@ -436,7 +436,9 @@ class Stages:
     ) -> tuple[Calibration, Perplexities]:
         """Gate and confidence from what was held out, figures from the test documents."""
         prepared = self._prepared
-        key = self._after("distil", self._keys["words"], WORDS_WEIGHTS, SHARE, SHRINKAGE)
+        key = self._after(
+            "distil", self._keys["words"], WORDS_WEIGHTS, SHARE, SHRINKAGE, NUM_FEATURES
+        )
         with self._stage("calibration", key) as (folder, done):
             path = folder / "calibration.json"
             if not done:

@@ -37,7 +37,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CONFIDENCE = Confidence((0.2, -0.3, 0.02, 0.1, -0.1, 0.05, 0.5, 1.0))
+CONFIDENCE = Confidence((0.2, -0.3, 0.02, 0.1, -0.1, 0.05, 0.5, -0.4, 1.0))
 
 
 @dataclass(frozen=True)

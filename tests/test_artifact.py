@@ -161,7 +161,7 @@ def test_settings_and_manifest_come_back(folder: Path, tiny_backbone: Backbone) 
 def test_gate_confidence_and_encoder_come_back(folder: Path, tiny_backbone: Backbone) -> None:
     settings, memory = random_memory(tiny_backbone)
     gate = Gate((0.1, -1 / 3, 2.0, 0.0, 1e-7, 5.0), (0.2,) * 6)
-    confidence = Confidence((0.5, -0.25, 1 / 7, 0.0, 3.0, -2.0, 1.5, 1.0))
+    confidence = Confidence((0.5, -0.25, 1 / 7, 0.0, 3.0, -2.0, 1.5, -0.5, 1.0))
     settings = replace(settings, encoder="pooled", gate=gate, confidence=confidence)
     save_artifact(folder, settings, memory, manifest(), "# Card\n")
     assert load_settings(folder) == settings

@@ -34,7 +34,7 @@ from mlpmem_rag.calibrate import (
     split_questions,
     unharming,
 )
-from mlpmem_rag.confidence import Confidence, Trace, fit_confidence
+from mlpmem_rag.confidence import NUM_FEATURES, Confidence, Trace, fit_confidence
 from mlpmem_rag.contexts import Contexts, encode_contexts
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.gate import Gate, gate_features
@@ -552,7 +552,7 @@ def test_the_confidence_is_fitted_on_all_it_asks_and_told_by_those_it_was_not_fi
     assert parts == pytest.approx(whole, abs=0.1), "but of one like it"
 
 
-@pytest.mark.parametrize("confidence", [None, Confidence((0.5,) * 8)])
+@pytest.mark.parametrize("confidence", [None, Confidence((0.5,) * (NUM_FEATURES + 1))])
 def test_it_comes_back_from_json(confidence: Confidence | None) -> None:
     figures = StudyFigures(5, 4, 0.5, taught=0.25, text_gate=math.pi)
     gate = Gate((0.1,) * 6, (1 / 3,) * 6)

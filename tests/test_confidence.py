@@ -28,14 +28,16 @@ def traces_and_right(*, separable: bool = False) -> tuple[list[Trace], list[bool
         log_probs = -rng.exponential(2.5 - 2 * sure, size=length)
         entropies = rng.exponential(3 - 2.5 * sure, size=length)
         familiarity = float(rng.uniform(0.2, 1) * sure)
-        traces.append(Trace(tuple(log_probs.tolist()), tuple(entropies.tolist()), familiarity))
+        support = float(rng.uniform(0, 1) * sure)
+        sureness = tuple(log_probs.tolist()), tuple(entropies.tolist())
+        traces.append(Trace(*sureness, familiarity, support))
         right.append(bool(log_probs[0] > -1 if separable else rng.uniform() < sure))
     return traces, right
 
 
 def test_features_by_hand() -> None:
-    trace = Trace((-0.5, -2.0, -0.25), (0.3, 0.9, 0.6), 0.8)
-    assert trace_features(trace) == pytest.approx((-0.5, 0.3, -2.75, -2.0, 0.6, 3.0, 0.8))
+    trace = Trace((-0.5, -2.0, -0.25), (0.3, 0.9, 0.6), 0.8, 0.4)
+    assert trace_features(trace) == pytest.approx((-0.5, 0.3, -2.75, -2.0, 0.6, 3.0, 0.8, 0.4))
 
 
 @pytest.mark.parametrize("separable", [False, True])
@@ -51,6 +53,7 @@ def test_the_probability_is_scikit_learns_on_the_raw_features(separable: bool) -
                 np.mean(t.entropies),
                 len(t.log_probs),
                 t.familiarity,
+                t.support,
             )
             for t in traces
         ]
@@ -67,10 +70,10 @@ def test_the_probability_is_scikit_learns_on_the_raw_features(separable: bool) -
 
 
 def test_the_probability_by_hand() -> None:
-    confidence = Confidence((1.0, 0.0, 0.0, 0.0, -2.0, 0.1, 4.0, 0.5))
-    odds = -0.5 - 2 * 0.6 + 0.1 * 3 + 4 * 0.7 + 0.5
+    confidence = Confidence((1.0, 0.0, 0.0, 0.0, -2.0, 0.1, 4.0, -3.0, 0.5))
+    odds = -0.5 - 2 * 0.6 + 0.1 * 3 + 4 * 0.7 - 3 * 0.2 + 0.5
     expected = 1 / (1 + math.exp(-odds))
-    trace = Trace((-0.5, -2.0, -0.25), (0.3, 0.9, 0.6), 0.7)
+    trace = Trace((-0.5, -2.0, -0.25), (0.3, 0.9, 0.6), 0.7, 0.2)
     assert confidence.of(trace) == pytest.approx(expected)
 
 

@@ -174,6 +174,10 @@ def test_the_recalled_question_has_the_words_by_hand(rows: WordRows) -> None:
         assert found[line] == best
         expected = (near[best] + WEIGHT * agreed[best]) / (1 + WEIGHT)
         assert sure[line] == pytest.approx(expected, abs=1e-5)
+        one = memory.candidates(asked).of(line)
+        scores = (near + WEIGHT * agreed)[one.numbers[0]] / (1 + WEIGHT)
+        assert one.scores[0].tolist() == pytest.approx(scores.tolist(), abs=1e-5)
+        assert sorted(one.numbers[0].tolist()) == list(range(8))
         other += best != int(near.argmax())
     assert other > 3, "words have a say"
     torch.testing.assert_close(memory.recall(asked), torch.from_numpy(keys)[found])

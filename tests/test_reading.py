@@ -120,7 +120,7 @@ def test_the_jointly_more_probable_answer_is_given(
 def test_the_confidence_is_that_of_the_text_given(
     pair: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    confidence = Confidence((0.3, -0.2, 0.05, 0.1, 0.2, -0.1, 0.0, 0.4))
+    confidence = Confidence((0.3, -0.2, 0.05, 0.1, 0.2, -0.1, 0.0, 0.3, 0.4))
     memory = MemoryModel(*pair, confidence=confidence)
     question, passages = "Who hung it?", ["Ann hung it."]
     alone = memory.answer(question, max_new_tokens=4)

@@ -127,6 +127,37 @@ def test_familiarity_is_the_cosine_to_what_is_recalled(keys: npt.NDArray[np.floa
     assert max(memory.familiarity(torch.from_numpy(keys))) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_what_supports_an_answer_by_brute_force() -> None:
+    """Of forty questions with six answers, at two of which there is room, the nearest sixteen."""
+    keys = directions(42, 16, 0)
+    keys[[5, 30]] = 0
+    taught = [[4, 9, -1], [4, -1, -1], [7, 8, 9], [7, 8, 2], [9, 4, -1], [3, 3, 3]]
+    which = np.random.default_rng(1).integers(6, size=42)
+    memory = memory_of(keys)
+    memory = Memory(replace(memory.config, draft_size=3))
+    memory.questions.copy_(torch.from_numpy(keys))
+    memory.drafts.copy_(torch.tensor(taught)[which])
+    asked = torch.from_numpy(directions(6, 16, 5))
+    asked[4] = 0
+    given = [[4, 9], [4], [7, 8, 9, 1, 1], [9, 4], [4], [6]]
+    for line, (answer, request) in enumerate(zip(given, asked, strict=True)):
+        scores = {n: float(request @ torch.from_numpy(keys[n])) for n in range(42) if keys[n].any()}
+        nearest = sorted(scores, key=lambda n: -scores[n])[:16]
+        weights = {n: np.exp(30 * scores[n]) for n in nearest if request.any()}
+        begun = [*answer, -1, -1][:3]
+        same = sum(w for n, w in weights.items() if taught[which[n]] == begun)
+        expected = same / sum(weights.values()) if weights else 0.0
+        found = memory.support(memory.candidates(asked).of(line), torch.tensor([answer]))
+        assert found == pytest.approx([expected], abs=1e-5)
+        assert (expected > 0) == (line < 4), "the fifth is no request, the sixth was not taught"
+
+
+def test_without_drafts_nothing_is_supported(keys: npt.NDArray[np.float32]) -> None:
+    memory, asked = memory_of(keys), torch.from_numpy(directions(3, 16, 5))
+    answers = torch.zeros((3, 2), dtype=torch.long)
+    assert memory.support(memory.candidates(asked), answers) == [0.0] * 3
+
+
 def question(text: str, answer: str, source: str = "Ines came.", document: str = "a") -> Question:
     return Question(text, answer, source, document)
 
