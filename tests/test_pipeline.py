@@ -33,6 +33,7 @@ from mlpmem_rag import (
     targets,
     training,
 )
+from mlpmem_rag.answering import answer_batch
 from mlpmem_rag.artifact import (
     CARD,
     MANIFEST,
@@ -959,6 +960,15 @@ def test_words_are_compared_from_training_to_answer(
     assert taught[: len(expected)] == expected[: len(taught)]
     answer = memory.answer(other, max_new_tokens=8)
     assert answer.confidence is not None
+    told_by_hand = []
+    batch = answer_batch(model, memory.tokenizer, [q.text for q in asked], requests.numpy())
+    for (text, trace), line in zip(batch, requests, strict=True):
+        tokens = torch.tensor([answer_ids(memory.tokenizer, text)])
+        candidates = model.memory.candidates(line[None])
+        told_by_hand += model.memory.support(candidates, tokens) if trace.log_probs else [0.0]
+    same = np.isclose([t.support for _, t in batch], told_by_hand, atol=1e-4)
+    assert same.mean() > 0.95, "a text in other tokens than were taught has no support"
+    assert max(told_by_hand) > 0
 
     # The same from a merged folder, and of one memory in a stack.
     model.save_pretrained(tmp_path / "merged", merge_base=True)
