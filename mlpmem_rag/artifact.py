@@ -35,7 +35,7 @@ from mlpmem_rag.tensors import (
     read_tensors,
 )
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 SAFETENSORS = ".safetensors"
