@@ -1,7 +1,8 @@
 """After the training without held-out parts: gate, confidence, and what the memory can do.
 
 Three kinds of held-out rows: questions about text that was learned, in words that were not;
-questions about text that was not learned; and that text.
+questions about text that was not learned; and that text. The confidence is fitted on questions that
+were learned as well.
 """
 
 from __future__ import annotations
@@ -435,7 +436,8 @@ def calibrate(
     sure = _unfitted(traces, right, rng)
     held_out, unlearned = len(taught), len(taught) + len(known)
     learned = split.train[np.isin(split.train, study.questions)]
-    nearest = nearest_answers(model.memory, vectors[held_out:unlearned], questions, learned, known)
+    known_vectors, right_answers = vectors[held_out:unlearned], accepted[held_out:unlearned]
+    nearest = nearest_answers(model.memory, known_vectors, questions, learned, right_answers)
     figures = StudyFigures(
         questions=len(questions),
         sources=len(study.source_vectors),
@@ -477,21 +479,19 @@ def nearest_answers(
     vectors: Vectors,
     questions: Sequence[Question],
     learned: Numbers,
-    asked: Numbers,
+    accepted: Sequence[Sequence[str]],
 ) -> list[bool]:
     """Whether the learned question nearest to each one asked has an answer that is accepted for it.
 
-    `learned` are those whose keys the memory has, in their order. *Shape:* vectors (N, R).
+    `learned` are those whose keys the memory has, in their order; `accepted` are the right answers
+    to the N that are asked. *Shape:* vectors (N, R).
     """
-    places = np.zeros(len(asked), np.int64)
-    if memory.config.num_questions and len(asked):
+    places = np.zeros(len(accepted), np.int64)
+    if memory.config.num_questions and len(accepted):
         told = torch.from_numpy(vectors).to(memory.questions.device)
         places = torch.cat([memory.nearest(part) for part in told.split(BATCH)]).cpu().numpy()
     found = learned[places]
-    accepted = accepted_answers(questions)
-    return [
-        exact_match(questions[f].answer, accepted[a]) for f, a in zip(found, asked, strict=True)
-    ]
+    return [exact_match(questions[f].answer, a) for f, a in zip(found, accepted, strict=True)]
 
 
 def answer_coverage(questions: Sequence[Question], documents: Sequence[Document]) -> float:

@@ -339,7 +339,8 @@ def test_the_nearest_question_by_brute_force() -> None:
     for a in asked:
         nearest = max(taught, key=lambda t: float(vectors[a] @ key(t)))
         expected.append(exact_match(answers[nearest], [answers[a]]))
-    found = nearest_answers(memory, vectors[asked], questions, taught, asked)
+    accepted = [accepted_answers(questions)[a] for a in asked]
+    found = nearest_answers(memory, vectors[asked], questions, taught, accepted)
     assert found == expected
     assert len(set(found)) == 2
 
@@ -485,7 +486,8 @@ def test_its_figures_equal_a_count_of_the_answers(
     assert figures.held_out == right(split.known)
     assert figures.unknown == right(split.unknown)
     vectors = llama.study.query_vectors[split.known]
-    nearest = nearest_answers(llama.model.memory, vectors, QUESTIONS, split.train, split.known)
+    accepted = [accepted_answers(QUESTIONS)[n] for n in split.known]
+    nearest = nearest_answers(llama.model.memory, vectors, QUESTIONS, split.train, accepted)
     assert figures.nearest == sum(nearest) / 2
     assert (calibration.confidence, figures.confidence_auroc) == (None, None), "all were wrong"
 
