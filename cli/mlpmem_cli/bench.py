@@ -41,7 +41,9 @@ def bench(
         str | None, typer.Option(help="The documents that the memory was trained on.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A text to measure perplexity on.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Questions, at most; 0: all.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Questions, at most, drawn by chance; 0: all.")
+    ] = 100,
     tokens: Annotated[int, typer.Option(min=0, help="Of the text, at most; 0: all.")] = 20_000,
     max_new_tokens: options.MaxNewTokensOption = 24,
     follow_links: options.FollowLinksOption = False,

@@ -40,7 +40,7 @@ def compare(
         int, typer.Option(min=0, help="Write so many questions from the corpus (synthetic).")
     ] = 0,
     limit: Annotated[
-        int, typer.Option(min=0, help="Ask at most so many of the file's questions; 0: all.")
+        int, typer.Option(min=0, help="Draw at most so many of the file's questions; 0: all.")
     ] = 0,
     max_new_tokens: options.MaxNewTokensOption = 24,
     concurrency: Annotated[

@@ -37,7 +37,7 @@ from mlpmem_eval.protocols import (
     speed_section,
     text_section,
 )
-from mlpmem_eval.questions import QuestionSet
+from mlpmem_eval.questions import QuestionSet, drawn
 from mlpmem_eval.workbench import Workbench
 from mlpmem_rag.artifact import WORK, Manifest, load_manifest
 from mlpmem_rag.corpus import read_corpus
@@ -61,7 +61,7 @@ class BenchConfig:
         questions: file of questions; rows with a `hallucinated_answer` are for the preference too.
         corpus: the documents that the memory was trained on.
         text: a file of running text, for perplexity.
-        limit: questions, at most; 0: all.
+        limit: questions, at most, drawn by chance; 0: all.
         tokens: of the text, at most; 0: all.
         max_new_tokens: most tokens of an answer.
         follow_links: whether symbolic links in the corpus are followed.
@@ -117,7 +117,9 @@ def run_bench(config: BenchConfig, *, on_progress: OnProgress = ignore_progress)
         if asked.questions:
             sections += _questions(bench, compared, asked, manifest, on_progress)
         if choices:
-            sections.append(_preference(bench, choices[: config.limit or None], on_progress))
+            sections.append(
+                _preference(bench, drawn(choices, config.limit, config.seed), on_progress)
+            )
         if asked.questions and corpus is not None:
             teacher = (lambda: _teacher(bench)) if "knn" in compared.arms else None
             sections.append(

@@ -14,7 +14,13 @@ from mlpmem_eval.environment import machine, versions
 from mlpmem_eval.folder import JUDGEMENTS, ROWS, report_folder
 from mlpmem_eval.judge import Judge, Judgements, judged
 from mlpmem_eval.named_llm import load_llm, source_of
-from mlpmem_eval.questions import EvalQuestion, QuestionSet, load_questions, written_questions
+from mlpmem_eval.questions import (
+    EvalQuestion,
+    QuestionSet,
+    drawn,
+    load_questions,
+    written_questions,
+)
 from mlpmem_eval.render import write_report
 from mlpmem_eval.report import build_report
 from mlpmem_eval.schema import Report
@@ -41,7 +47,7 @@ class CompareConfig:
         corpus: documents, for arms that read them and for written questions.
         arms: names, in the order in which they are shown.
         write: questions to write from the corpus, besides those of the file.
-        limit: of the file's questions, at most so many; 0: all.
+        limit: of the file's questions, at most so many, drawn by chance; 0: all.
         max_new_tokens: most tokens of an answer.
         concurrency: questions that an arm has at the same time.
         warm_up: questions asked of every arm before.
@@ -214,7 +220,8 @@ def questions_of(
     given = QuestionSet(())
     if config.questions is not None:
         given = load_questions(config.questions, strict=config.strict)
-        given = QuestionSet(given.questions[: config.limit or None], given.problems)
+        asked = drawn(given.questions, config.limit, config.seed)
+        given = QuestionSet(asked, given.problems, len(given.questions) - len(asked))
     if config.write and corpus is None:
         raise ConfigError(f"--write {config.write} needs the documents; give them with --corpus")
     if not config.write and not given.questions:
@@ -232,7 +239,7 @@ def questions_of(
     taken = {question.id for question in given.questions}
     while any(question.id in taken for question in written):
         written = [replace(question, id=f"new-{question.id}") for question in written]
-    return QuestionSet((*given.questions, *written), given.problems)
+    return replace(given, questions=(*given.questions, *written))
 
 
 def warnings_of(
@@ -242,6 +249,11 @@ def warnings_of(
     warnings = [
         f"{config.questions}, line {line}: left out, {reason}" for line, reason in asked.problems
     ]
+    if asked.left:
+        warnings.append(
+            f"{asked.left:,} questions of {config.questions} were not asked: {config.limit:,} "
+            f"were drawn by chance, with seed {config.seed}"
+        )
     expected = str(manifest.corpus.get("fingerprint", ""))
     if corpus is not None and corpus.fingerprint != expected:
         warnings.append(

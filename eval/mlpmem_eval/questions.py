@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.progress import OnProgress, ignore_progress
 from mlpmem_rag.writers import write_questions
+
+Row = TypeVar("Row")
 
 FORMATS = (".jsonl", ".csv", ".json")
 SEPARATOR = "|"
@@ -52,10 +54,11 @@ class EvalQuestion:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of a file, and its rows that are none: (line, reason)."""
+    """Questions of a file, its rows that are none: (line, reason), and how many were not drawn."""
 
     questions: tuple[EvalQuestion, ...]
     problems: tuple[tuple[int, str], ...] = ()
+    left: int = 0
 
 
 def load_questions(path: Path, *, strict: bool = False) -> QuestionSet:
@@ -91,6 +94,17 @@ def load_questions(path: Path, *, strict: bool = False) -> QuestionSet:
             f'{{"question": "…", "answers": ["…"]}} on each line{listed}'
         )
     return QuestionSet(tuple(q for _, q in questions.values()), tuple(problems))
+
+
+def drawn(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:
+    """So many of the rows at most, by chance and in their order; 0: all.
+
+    The first ones of a file are about its first documents.
+    """
+    if not most or len(rows) <= most:
+        return tuple(rows)
+    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
+    return tuple(rows[number] for number in sorted(chosen.tolist()))
 
 
 def written_questions(

@@ -131,12 +131,20 @@ def test_questions_can_be_limited_and_written(
     corpus = Corpus((Document("d", text, None, "d.txt"),))
     found = questions_of(replace(config, limit=1, write=2), corpus)
     assert [q.synthetic for q in found.questions] == [False, True, True]
-    assert found.questions[0].id == "a"
+    taken = {
+        questions_of(replace(config, limit=1, seed=seed), None).questions[0].id
+        for seed in range(20)
+    }
+    assert taken == {"a", "b", "c"}
+    report = compare(replace(config, limit=1, seed=1))
+    (warning,) = [w for w in report.warnings if "were not asked" in w]
+    assert warning.startswith("2 questions of ")
+    assert warning.endswith("1 were drawn by chance, with seed 1")
     assert config.questions is not None
     row = {
         "id": found.questions[1].id,
-        "question": "What did Ines Maro find?",
-        "answers": ["wild honey"],
+        "question": found.questions[0].text,
+        "answers": ["something"],
     }
     config.questions.write_text(json.dumps(row))
     again = questions_of(replace(config, write=2), corpus)

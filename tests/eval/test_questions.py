@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from mlpmem_eval.questions import EvalQuestion, load_questions, written_questions
+from mlpmem_eval.questions import EvalQuestion, drawn, load_questions, written_questions
 from mlpmem_rag.corpus import Document
 from mlpmem_rag.errors import ConfigError
 
@@ -144,3 +145,14 @@ def test_written_questions_leave_out_what_they_are_told_to() -> None:
     half = set(sorted(everything)[::2])
     rest = {q.text for q in written_questions(documents(), 1000, exclude=half)}
     assert rest == everything - half
+
+
+def test_a_draw_is_by_chance_and_keeps_the_order() -> None:
+    rows = list("abcdefghij")
+    found = [drawn(rows, 4, seed) for seed in range(200)]
+    assert all(len(one) == 4 and list(one) == sorted(set(one)) for one in found)
+    assert drawn(rows, 4, 7) == found[7]
+    times = Counter(row for one in found for row in one)
+    assert set(times) == set(rows)
+    assert 50 < min(times.values()) < max(times.values()) < 110
+    assert drawn(rows, 0, 0) == drawn(rows, 10, 0) == drawn(rows, 11, 0) == tuple(rows)
