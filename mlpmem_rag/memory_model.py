@@ -35,7 +35,7 @@ from mlpmem_rag.prompts import (
     prompt_ids,
     text_ids,
 )
-from mlpmem_rag.provenance import Origin, Provenance
+from mlpmem_rag.provenance import Origin, Provenance, Recalled
 from mlpmem_rag.query import QueryEncoder
 from mlpmem_rag.reading import agreed_answer, read_batch, reading
 from mlpmem_rag.turns import Turns, alone
@@ -274,6 +274,32 @@ class MemoryModel:
             self._parts, prompt, asked, decoding, room=room, strip=strip, question=question
         )
         return AnswerStream(generation, self._turns)
+
+    def recalled(
+        self, question: str | Sequence[Message], provenance: Provenance, *, top_k: int = 1
+    ) -> list[Recalled]:
+        """The sentences that taught what a question is recalled as, nearest first.
+
+        As passages of `answer` they are read beside the memory. A memory that was taught no
+        questions recalls nothing.
+
+        Args:
+            question: the text asked, or a conversation ending with the user's message.
+            provenance: what the training of this memory kept.
+            top_k: sentences, at most.
+
+        Raises:
+            ConfigError: the question is empty, or less than one sentence is asked for.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top_k = {top_k}: allowed are 1 or more")
+        messages = _messages(question)
+        check_asked(messages)
+        vector = self.query_vector(asked_text(messages))
+        if vector is None:
+            return []
+        candidates = self.model.candidates(vector.to(self.model.device))
+        return [] if candidates is None else provenance.recalled(candidates, top_k)
 
     def origins(
         self, question: str | Sequence[Message], answer: str, provenance: Provenance

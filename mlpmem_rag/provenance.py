@@ -1,13 +1,15 @@
 """Which training rows taught an answer: found in the datastore that training kept.
 
-Every token of an answer is looked up among the rows that hold this very token: the one whose
-input, hidden state and query vector, lies nearest to the answer's. These rows are what the memory
-was trained on; that no others had a part in it cannot be said of any network.
+Beforehand, a request is recalled as learned questions, and each was written from a sentence.
+Afterwards, every token of an answer is looked up among the rows that hold this very token: the one
+whose input, hidden state and query vector, lies nearest to the answer's. These rows are what the
+memory was trained on; that no others had a part in it cannot be said of any network.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from mlpmem_rag.contexts import Contexts
 from mlpmem_rag.corpus import Corpus
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.errors import ArtifactError
-from mlpmem_rag.memory import Memory
+from mlpmem_rag.memory import Candidates, Memory
 from mlpmem_rag.questions import Question, load_questions
 from mlpmem_rag.recall import question_keys
 from mlpmem_rag.storage import write_json
@@ -51,6 +53,19 @@ class Origin:
     source: str
     position: int
     distance: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A learned question that a request may mean.
+
+    Attributes:
+        question: the question, with the sentence that it was written from.
+        score: how near the request comes to it, -1 to 1.
+    """
+
+    question: Question
+    score: float
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,26 @@ class Provenance:
             self._origin(state, token, asked, memory)
             for state, token in zip(hidden, tokens, strict=True)
         ]
+
+    def recalled(self, candidates: Candidates, top_k: int = 1) -> list[Recalled]:
+        """What a request may mean, nearest first, of each sentence one question.
+
+        A question of one's own that names no sentence is left out.
+
+        Args:
+            candidates: of one request, by the memory that was trained on these rows.
+            top_k: sentences, at most; the candidates may be of fewer.
+        """
+        (line,) = candidates.scores.tolist()
+        found: dict[tuple[str, str], Recalled] = {}
+        for place in sorted(range(len(line)), key=lambda place: -line[place]):
+            if not math.isfinite(line[place]):  # a free place
+                continue
+            question = self.questions[int(candidates.numbers[0, place])]
+            if question.source:
+                one = Recalled(question, line[place])
+                found.setdefault((question.document, question.source), one)
+        return list(found.values())[:top_k]
 
     def passage(self, document: str, position: int, length: int = PASSAGE_TOKENS) -> list[int]:
         """Token ids around a place in a document; its very first token is in no row."""
@@ -193,7 +228,7 @@ def documents_of(folder: Path) -> tuple[str, ...]:
 def _gone(work: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
         f"{work} does not hold the rows of the training any more ({error}); answers "
-        "cannot be traced to them. Train again to have them"
+        "cannot be traced to them, and sentences not be read. Train again to have them"
     )
 
 

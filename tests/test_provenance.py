@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +18,7 @@ from mlpmem_rag.corpus import Corpus, Document
 from mlpmem_rag.datastore import Datastore
 from mlpmem_rag.distill import DistillConfig
 from mlpmem_rag.errors import ArtifactError, ConfigError
-from mlpmem_rag.memory import Memory, MemoryConfig
+from mlpmem_rag.memory import Candidates, Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.pipeline import train
 from mlpmem_rag.provenance import Origin, Provenance, shares
@@ -123,6 +125,19 @@ def test_a_passage_is_what_stands_around_a_place(rows: Provenance) -> None:
     assert rows.passage("c", 1, length=100) == tokens[20:40]
 
 
+def test_a_request_is_traced_to_sentences_nearest_first(rows: Provenance) -> None:
+    wordings = [("one", "A."), ("two", "B."), ("three", "B."), ("four", ""), ("five", "C.")]
+    asked = tuple(Question(text, "x", source, "a") for text, source in wordings)
+    elsewhere = Question("six", "x", "B.", "b")
+    taught = replace(rows, questions=(*asked, elsewhere))
+    numbers = torch.tensor([[0, 1, 2, 3, 4, 5, 0]])
+    scores = torch.tensor([[0.1, 0.5, 0.9, 1.0, 0.3, 0.8, -torch.inf]])
+    found = taught.recalled(Candidates(torch.tensor([3]), numbers, scores), 9)
+    assert [one.question.text for one in found] == ["three", "six", "five", "one"]
+    assert [one.score for one in found] == pytest.approx([0.9, 0.8, 0.3, 0.1])
+    assert taught.recalled(Candidates(torch.tensor([3]), numbers, scores)) == found[:1]
+
+
 def test_shares_count_the_tokens_of_each_document() -> None:
     here, there = (Origin(name, None, "", 0, 0.0) for name in "ab")
     assert shares([here, there, here, None]) == {"a": 0.5, "b": 0.25}
@@ -162,6 +177,7 @@ def test_text_of_the_corpus_is_traced_to_where_it_stands(
     token = int(store.next_tokens[row])
     (origin,) = provenance.origins(key, [token], None, memory_of(1.0))
     assert origin == Origin("doc-5", None, "", int(store.positions[row]), 0.0)
+    assert memory.recalled("Who found it?", provenance) == []  # it was taught no questions
     traced = memory.origins("Who found it?", "Ines Maro", provenance)
     assert "".join(token for token, _ in traced).strip() == "Ines Maro"
     assert all(origin is not None for _, origin in traced)

@@ -13,6 +13,7 @@ from mlpmem_rag.integrity import Verify
 
 if TYPE_CHECKING:
     from mlpmem_rag.generation import Answer
+    from mlpmem_rag.questions import Question
 
 
 def ask(
@@ -26,17 +27,26 @@ def ask(
     device: options.DeviceOption = options.Device.auto,
     dtype: options.DtypeOption = options.Dtype.auto,
     threshold: options.ThresholdOption = 0.0,
+    read: Annotated[
+        bool,
+        typer.Option(
+            "--read",
+            help="Have the base model read the sentence that the memory recalls, and both agree on "
+            "an answer: oftener right, and slower. Needs the training's work folder.",
+        ),
+    ] = False,
     verify: options.VerifyOption = Verify.full,
     as_json: options.JsonOption = False,
 ) -> None:
     """Answer questions from a memory, without retrieval.
 
     With --json, one object a line: answer, confidence (null where the memory cannot tell),
-    seconds, ttft_seconds, prompt_tokens, new_tokens.
+    seconds, ttft_seconds, prompt_tokens, new_tokens; with --read, sources (document and text).
     """
     asked = questions or _from_stdin()
     from mlpmem_cli import display
     from mlpmem_rag import MemoryModel
+    from mlpmem_rag.provenance import Provenance
 
     display.quiet_libraries()
     console = display.stderr()
@@ -47,12 +57,19 @@ def ask(
         dtype=dtype.value,
         verify=verify,
     )
+    provenance = Provenance.open(memory) if read else None
     for question in asked:
         if len(asked) > 1 and not as_json:
             console.print(question, style="bold", markup=False, highlight=False)
-        if as_json or threshold:  # the end decides what is shown
+        recalled = model.recalled(question, provenance) if provenance else []
+        sources = [one.question for one in recalled]
+        if as_json or threshold or read:  # the end decides what is shown
             answer = model.answer(
-                question, max_new_tokens=max_new_tokens, lambda_=lambda_, threshold=threshold
+                question,
+                max_new_tokens=max_new_tokens,
+                lambda_=lambda_,
+                threshold=threshold,
+                passages=[source.source for source in sources],
             )
         else:
             stream = model.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
@@ -60,9 +77,13 @@ def ask(
                 print(piece, end="", flush=True)
             answer = stream.answer
         if as_json:
-            print(json.dumps(answer_fields(answer), ensure_ascii=False), flush=True)
+            told = {"sources": [source_fields(source) for source in sources]} if read else {}
+            print(json.dumps(answer_fields(answer) | told, ensure_ascii=False), flush=True)
         else:
-            print(answer.text if threshold else "", flush=True)
+            print(answer.text if threshold or read else "", flush=True)
+            for source in sources:
+                line = f"{source.document}: {source.source}"
+                console.print(line, style="dim", markup=False, highlight=False)
             console.print(figures(answer), style="dim", highlight=False)
 
 
@@ -76,6 +97,11 @@ def answer_fields(answer: Answer) -> dict[str, str | float | int | None]:
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
     }
+
+
+def source_fields(source: Question) -> dict[str, str]:
+    """A sentence that was read, as `--json` prints it."""
+    return {"document": source.document, "text": source.source}
 
 
 def figures(answer: Answer) -> str:

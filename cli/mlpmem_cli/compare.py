@@ -32,8 +32,8 @@ def compare(
     arms: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: base, rag, rag-tuned, memory, memory+rag, memory-first, knn, "
-            "lora."
+            help="Comma-separated: base, rag, rag-tuned, memory, memory+rag, memory+recall, "
+            "memory-first, knn, lora."
         ),
     ] = ARMS,
     write: Annotated[

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_index.indices.managed.mlpmem import MemoryFirstQueryEngine, MemoryRAGQueryEngine
+from llama_index.indices.managed.mlpmem import (
+    MemoryFirstQueryEngine,
+    MemoryRAGQueryEngine,
+    MLPMemIndex,
+)
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_eval.answerers import Answerer, ChatAnswerer, PromptAnswerer, QueryEngineAnswerer
 from mlpmem_eval.cost import TUNING, Setup
@@ -86,6 +90,14 @@ def _memory_and_rag(bench: Workbench) -> Arm:
         QueryEngineAnswerer(name, engine, settings),
         _together(bench.memory_setup, _index_setup(indexed, {TUNING: seconds})),
     )
+
+
+def _memory_and_recall(bench: Workbench) -> Arm:
+    name = "memory+recall"
+    index = MLPMemIndex.from_memory(bench.folder, llm=bench.chat_llm())
+    engine = MemoryRAGQueryEngine(bench.chat_llm(), index.as_recall_retriever())
+    settings = bench.memory_settings | {"recalled_sentences": 1, "prompt": FEW_SHOT}
+    return Arm(QueryEngineAnswerer(name, engine, settings), bench.memory_setup)
 
 
 def _memory_first(bench: Workbench) -> Arm:
@@ -177,6 +189,7 @@ ARMS: dict[str, Callable[[Workbench], Arm]] = {
     "rag-tuned": _rag_tuned,
     "memory": _memory,
     "memory+rag": _memory_and_rag,
+    "memory+recall": _memory_and_recall,
     "memory-first": _memory_first,
     "knn": _knn,
     "lora": _lora,

@@ -15,11 +15,13 @@ from llama_index.indices.managed.mlpmem.agreeing import MemoryRAGQueryEngine
 from llama_index.indices.managed.mlpmem.base import MLPMemIndex
 from llama_index.indices.managed.mlpmem.hybrid import MemoryFirstQueryEngine, ThresholdFit
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
+from llama_index.indices.managed.mlpmem.recalling import RecallRetriever
 
 __all__ = [
     "MLPMemIndex",
     "MemoryFirstQueryEngine",
     "MemoryQueryEngine",
     "MemoryRAGQueryEngine",
+    "RecallRetriever",
     "ThresholdFit",
 ]

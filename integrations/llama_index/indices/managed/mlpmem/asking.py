@@ -23,6 +23,7 @@ from llama_index.indices.managed.mlpmem.attribution import Attribution, Attribut
 from llama_index.indices.managed.mlpmem.chat import condensing_chat, conversation, simple_chat
 from llama_index.indices.managed.mlpmem.documents import document_id
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
+from llama_index.indices.managed.mlpmem.recalling import RecallRetriever
 from llama_index.indices.managed.mlpmem.refused import (
     check_chat_attribution,
     check_chat_mode,
@@ -104,6 +105,26 @@ class AskedIndex(BaseIndex[MLPMemIndexStruct]):
         )
         return AttributionRetriever(
             attribution,
+            similarity_top_k=similarity_top_k,
+            callback_manager=self._manager(callback_manager),
+        )
+
+    def as_recall_retriever(
+        self,
+        similarity_top_k: int = 1,
+        callback_manager: CallbackManager | None = None,
+    ) -> RecallRetriever:
+        """Finds the sentences that taught the memory what is asked, for others to read.
+
+        With `MemoryRAGQueryEngine` the memory is its own retriever.
+
+        Raises:
+            ConfigError: see `RecallRetriever`.
+        """
+        return RecallRetriever(
+            self._llm.model,
+            self._rows,
+            lambda: self._index_struct.stale,
             similarity_top_k=similarity_top_k,
             callback_manager=self._manager(callback_manager),
         )

@@ -78,7 +78,7 @@ class Attribution:
         """Nodes like question and answer together."""
         found = self.search.search(self.nodes(), f"{question} {answer}".strip(), top_k)
         return [
-            NodeWithScore(node=_labelled(item.node, {LABEL: SIMILAR}), score=item.score)
+            NodeWithScore(node=labelled(item.node, {LABEL: SIMILAR}), score=item.score)
             for item in found
         ]
 
@@ -100,7 +100,7 @@ class Attribution:
         counts = Counter({name: len(tokens) for name, tokens in taught.items()})
         return [
             NodeWithScore(
-                node=_labelled(nodes[name], {LABEL: TRACED, TAUGHT: taught[name]}),
+                node=labelled(nodes[name], {LABEL: TRACED, TAUGHT: taught[name]}),
                 score=count / len(origins),
             )
             for name, count in counts.most_common(top_k)
@@ -176,6 +176,11 @@ def _node(nodes: Sequence[BaseNode], document: str, text: str) -> BaseNode:
     if nodes:
         said = set(words(text))
         return max(nodes, key=lambda node: len(said & set(words(node_text(node)))))
+    return text_node(document, text)
+
+
+def text_node(document: str, text: str) -> TextNode:
+    """A text of a document, as a node of its own."""
     return TextNode(
         id_=f"{document}#{text}",
         text=text,
@@ -183,7 +188,7 @@ def _node(nodes: Sequence[BaseNode], document: str, text: str) -> BaseNode:
     )
 
 
-def _labelled(node: BaseNode, labels: dict[str, Any]) -> BaseNode:
+def labelled(node: BaseNode, labels: dict[str, Any]) -> BaseNode:
     """A copy that says how it was found, to people and not to models."""
     copy = node.model_copy(deep=True)
     copy.metadata.update(labels)

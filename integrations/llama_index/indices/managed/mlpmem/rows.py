@@ -12,6 +12,7 @@ from mlpmem_rag.artifact import load_manifest
 from mlpmem_rag.errors import ArtifactError
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.provenance import Origin, Provenance
+from mlpmem_rag.questions import Question
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Rows:
         except ArtifactError:
             return None
 
-    def document(self, origin: Origin) -> str:
-        """The document of the index that a row comes from."""
-        return self.names.get(origin.document, origin.document)
+    def document(self, row: Origin | Question) -> str:
+        """The document of the index that a row or a question comes from."""
+        return self.names.get(row.document, row.document)
 
     def text(self, origin: Origin, model: MemoryModel) -> str:
         """What a row was taught with."""
