@@ -37,7 +37,7 @@ from mlpmem_rag.prompts import (
 )
 from mlpmem_rag.provenance import Origin, Provenance, Recalled
 from mlpmem_rag.query import QueryEncoder
-from mlpmem_rag.reading import agreed_answer, read_batch, reading
+from mlpmem_rag.reading import agreed_answer, answer_trace, read_batch, reading
 from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
@@ -159,6 +159,7 @@ class MemoryModel:
         lambda_: float | None = None,
         threshold: float = 0.0,
         passages: Sequence[str] = (),
+        recalled: Sequence[Recalled] = (),
     ) -> Answer:
         """Answer a question (or continue a conversation), greedily.
 
@@ -169,19 +170,30 @@ class MemoryModel:
             threshold: confidence below which the text is `NOT_KNOWN` instead.
             passages: retrieved texts, for memory and RAG together: the base model reads them, and
                 of its answer and the memory's the jointly more probable one is given.
+            recalled: what the method `recalled` found: the base model reads these sentences, after
+                the learned questions and their answers, and answers in the memory's place. The
+                confidence is what the memory thinks of its answer.
 
         Raises:
-            ConfigError: empty question, a number outside what is allowed, or a threshold where
-                there is no confidence.
+            ConfigError: empty question, a number outside what is allowed, both passages and what
+                is recalled, or a threshold where there is no confidence.
         """
         if not 0.0 <= threshold <= 1.0:
             raise ConfigError(f"threshold = {threshold}: allowed are 0 (answer always) to 1")
-        stream = self.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
-        for _ in stream:
-            pass
-        answer = stream.answer
+        if passages and recalled:
+            raise ConfigError("both passages and recalled are given; allowed is one of them")
+        decoding = Decoding(max_new_tokens=max_new_tokens, lambda_=lambda_)
+        messages = _messages(question)
+        if recalled:
+            check_asked(messages)
+            answer = self._read(messages[-1]["content"], recalled, decoding)
+        else:
+            stream = self.reply(messages, decoding)
+            for _ in stream:
+                pass
+            answer = stream.answer
         if passages:
-            text = question if isinstance(question, str) else question[-1]["content"]
+            text = messages[-1]["content"]
             answer = self._with_passages(answer, text, passages, max_new_tokens, lambda_)
         if threshold and answer.confidence is None:
             raise ConfigError(
@@ -280,8 +292,7 @@ class MemoryModel:
     ) -> list[Recalled]:
         """The sentences that taught what a question is recalled as, nearest first.
 
-        As passages of `answer` they are read beside the memory. A memory that was taught no
-        questions recalls nothing.
+        `answer` has them read. A memory that was taught no questions recalls nothing.
 
         Args:
             question: the text asked, or a conversation ending with the user's message.
@@ -343,6 +354,50 @@ class MemoryModel:
         output = self.model(input_ids=ids, memory_lambda=lambda_, use_cache=False)
         log_probs: Tensor = output.logits[0].float().log_softmax(-1)
         return log_probs
+
+    def _read(self, question: str, recalled: Sequence[Recalled], decoding: Decoding) -> Answer:
+        """In a turn of its own."""
+        started = time.perf_counter()
+        found: list[Answer] = []
+
+        def read(give: Callable[[str], None], stop: threading.Event) -> None:
+            model, tokenizer, openings = self.model, self.tokenizer, self._openings
+            questions = [one.question for one in recalled]
+            sentences = list(dict.fromkeys(one.source for one in questions))
+            whole = reading(tokenizer, question, sentences, questions)
+            kept = whole.within(self.room_for_prompt(decoding.max_new_tokens))
+            (text,) = read_batch(
+                model, tokenizer, [kept], openings, max_new_tokens=decoding.max_new_tokens
+            )
+            said = answer_ids(tokenizer, text)
+            confidence = None
+            weight = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
+            if self.confidence is not None and weight > 0:
+                bare = conversation(tokenizer, [{"role": "user", "content": question}])
+                asked = bare.within(max(1, self.context_window - len(said)))
+                vector = self._parts().query_vectors([question])
+                _, trace = answer_trace(
+                    model, asked, said, vector, openings, lambda_=decoding.lambda_
+                )
+                confidence = self.confidence.of(trace)
+            seconds = time.perf_counter() - started
+            found.append(
+                Answer(
+                    text=text,
+                    seconds=seconds,
+                    ttft_seconds=seconds,  # nothing is told before the end
+                    prompt_tokens=len(kept.token_ids),
+                    new_tokens=len(said),
+                    confidence=confidence,
+                    cut_tokens=len(whole.token_ids) - len(kept.token_ids),
+                    ended=len(said) <= decoding.max_new_tokens,
+                    lambda_=weight,
+                )
+            )
+
+        for _ in self._turns.pieces(alone(read)):
+            pass
+        return found[0]
 
     def _with_passages(
         self,

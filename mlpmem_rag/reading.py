@@ -1,7 +1,11 @@
-"""Passages in the prompt: the base model reads, and agrees with the memory on an answer.
+"""Passages in the prompt: the base model reads, beside the memory or what the memory recalls.
 
 What the base model reads out of a passage and what the memory remembers are wrong about different
 questions. Each proposes an answer, and the one that both together find more probable is given.
+
+Or the memory shows where to look: the sentence behind the learned question that a request is
+recalled as is the passage, and that question with its answer the last example. The base model then
+says whether the same is asked, or what else the sentence tells.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from mlpmem_rag.confidence import Trace
 from mlpmem_rag.model import MLPMemForCausalLM
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import Prompt, answer_ids, conversation, unlike
+from mlpmem_rag.questions import Question
 from mlpmem_rag.recollection import SHARE, of_answer
 
 BATCH = 16
@@ -53,11 +58,18 @@ EXAMPLES = (
 """Small models answer in few words when they have seen it done, whatever they are told."""
 
 
-def reading_prompt(question: str, passages: Sequence[str]) -> str:
-    """Plain text: the examples, the passages, the question. Without passages, closed-book."""
+def reading_prompt(
+    question: str, passages: Sequence[str], recalled: Sequence[Question] = ()
+) -> str:
+    """Plain text: the examples, the passages, the question. Without passages, closed-book.
+
+    Learned questions that the question may mean stand before it as further examples, the nearest
+    one last: each with its sentence and the answer that was taught.
+    """
     blocks = [_block(question, answer, [text]) for text, question, answer in EXAMPLES]
     if not passages:
         blocks = [_block(question, answer, []) for _, question, answer in EXAMPLES]
+    blocks += [_block(near.text, near.answer, [near.source]) for near in reversed(recalled)]
     return "\n\n".join([*blocks, _block(question, "", passages)])
 
 
@@ -66,9 +78,14 @@ def _block(question: str, answer: str, passages: Sequence[str]) -> str:
     return f"{context}Question: {question}\nAnswer: {answer}".rstrip(" ")
 
 
-def reading(tokenizer: PreTrainedTokenizerBase, question: str, passages: Sequence[str]) -> Prompt:
+def reading(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    passages: Sequence[str],
+    recalled: Sequence[Question] = (),
+) -> Prompt:
     """`reading_prompt` as the base model reads it; its opening are the examples."""
-    token_ids = encoded(tokenizer, reading_prompt(question, passages))
+    token_ids = encoded(tokenizer, reading_prompt(question, passages, recalled))
     others = (
         encoded(tokenizer, reading_prompt(text, [text] if passages else [])) for text in ("a", "7")
     )

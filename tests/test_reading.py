@@ -13,12 +13,14 @@ from mlpmem_rag.answering import LEAST
 from mlpmem_rag.artifact import MemorySettings
 from mlpmem_rag.backbone import context_window, load_backbone
 from mlpmem_rag.confidence import Confidence, Trace
-from mlpmem_rag.errors import ClosedError
+from mlpmem_rag.errors import ClosedError, ConfigError
 from mlpmem_rag.memory import Memory, MemoryConfig
 from mlpmem_rag.memory_model import MemoryModel
 from mlpmem_rag.model import MLPMemForCausalLM, attach_memory
 from mlpmem_rag.openings import Openings
 from mlpmem_rag.prompts import Prompt, answer_ids, prompt_ids
+from mlpmem_rag.provenance import Recalled
+from mlpmem_rag.questions import Question
 from mlpmem_rag.reading import (
     EXAMPLES,
     agreed_answer,
@@ -37,6 +39,18 @@ def test_the_prompt_ends_where_the_answer_begins() -> None:
         "\n\nContext: A lamp hung.\nAnn hung it.\nQuestion: Who hung it?\nAnswer:"
     )
     assert all(f"Context: {text}\n" in prompt for text, _, _ in EXAMPLES)
+
+
+def test_learned_questions_stand_before_the_question_the_nearest_last() -> None:
+    far = Question("What hung?", "a lamp", "A lamp hung.", "d")
+    near = Question("Who hung a lamp?", "Ann", "Ann hung it.", "d")
+    prompt = reading_prompt("Who hung it?", ["Ann hung it.", "A lamp hung."], [near, far])
+    assert prompt.endswith(
+        f"\nAnswer: {EXAMPLES[-1][2]}"
+        "\n\nContext: A lamp hung.\nQuestion: What hung?\nAnswer: a lamp"
+        "\n\nContext: Ann hung it.\nQuestion: Who hung a lamp?\nAnswer: Ann"
+        "\n\nContext: Ann hung it.\nA lamp hung.\nQuestion: Who hung it?\nAnswer:"
+    )
 
 
 def test_without_passages_there_is_no_context() -> None:
@@ -138,6 +152,36 @@ def test_the_confidence_is_that_of_the_text_given(
             assert both.confidence == pytest.approx(confidence.of(trace))
         given.add(both.text == alone.text)
     assert given == {True, False}
+
+
+def test_what_is_recalled_is_read_in_the_memorys_place(
+    roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
+) -> None:
+    confidence = Confidence((0.3, -0.2, 0.05, 0.1, 0.2, -0.1, 0.0, 0.3, 0.4))
+    memory = MemoryModel(*roomy, confidence=confidence)
+    question = "Who hung it?"
+    near = [Question("Who hung a lamp?", "Ann", "Ann hung it.", "d")]
+    near += [Question("What did Ann hang?", "it", "Ann hung it.", "d")]
+    recalled = [Recalled(one, 0.5) for one in near]
+    prompt = reading(memory.tokenizer, question, ["Ann hung it."], near)
+    assert prompt.opening == reading(memory.tokenizer, question, ["Ann hung it."]).opening
+    (text,) = read_batch(memory.model, memory.tokenizer, [prompt], max_new_tokens=5)
+    found = memory.answer(question, max_new_tokens=5, recalled=recalled)
+    bare = Prompt(prompt_ids(memory.tokenizer, [{"role": "user", "content": question}]))
+    said = answer_ids(memory.tokenizer, text)
+    _, trace = answer_trace(memory.model, bare, said, None)
+    assert found.text == text
+    assert found.confidence == pytest.approx(confidence.of(trace), abs=1e-4)
+    assert (found.prompt_tokens, found.new_tokens) == (len(prompt.token_ids), len(said))
+    assert memory.answer(question, max_new_tokens=5, recalled=recalled, threshold=1.0).text == (
+        "not in my documents"
+    )
+    unmixed = memory.answer(question, max_new_tokens=5, recalled=recalled, lambda_=0.0)
+    assert (unmixed.text, unmixed.confidence) == (text, None)
+    with pytest.raises(ConfigError, match="both passages and recalled are given"):
+        memory.answer(question, passages=["Ann hung it."], recalled=recalled)
+    with pytest.raises(ConfigError, match="question is empty"):
+        memory.answer(" ", recalled=recalled)
 
 
 def test_reading_has_its_turn_and_ends_with_the_memory(

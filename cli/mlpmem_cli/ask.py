@@ -13,7 +13,7 @@ from mlpmem_rag.integrity import Verify
 
 if TYPE_CHECKING:
     from mlpmem_rag.generation import Answer
-    from mlpmem_rag.questions import Question
+    from mlpmem_rag.provenance import Recalled
 
 
 def ask(
@@ -31,8 +31,8 @@ def ask(
         bool,
         typer.Option(
             "--read",
-            help="Have the base model read the sentence that the memory recalls, and both agree on "
-            "an answer: oftener right, and slower. Needs the training's work folder.",
+            help="Have the base model read the sentence that the memory recalls: oftener right, "
+            "and slower. Needs the training's work folder.",
         ),
     ] = False,
     verify: options.VerifyOption = Verify.full,
@@ -62,14 +62,13 @@ def ask(
         if len(asked) > 1 and not as_json:
             console.print(question, style="bold", markup=False, highlight=False)
         recalled = model.recalled(question, provenance) if provenance else []
-        sources = [one.question for one in recalled]
         if as_json or threshold or read:  # the end decides what is shown
             answer = model.answer(
                 question,
                 max_new_tokens=max_new_tokens,
                 lambda_=lambda_,
                 threshold=threshold,
-                passages=[source.source for source in sources],
+                recalled=recalled,
             )
         else:
             stream = model.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
@@ -77,12 +76,12 @@ def ask(
                 print(piece, end="", flush=True)
             answer = stream.answer
         if as_json:
-            told = {"sources": [source_fields(source) for source in sources]} if read else {}
+            told = {"sources": [source_fields(one) for one in recalled]} if read else {}
             print(json.dumps(answer_fields(answer) | told, ensure_ascii=False), flush=True)
         else:
             print(answer.text if threshold or read else "", flush=True)
-            for source in sources:
-                line = f"{source.document}: {source.source}"
+            for one in recalled:
+                line = f"{one.question.document}: {one.question.source}"
                 console.print(line, style="dim", markup=False, highlight=False)
             console.print(figures(answer), style="dim", highlight=False)
 
@@ -99,9 +98,9 @@ def answer_fields(answer: Answer) -> dict[str, str | float | int | None]:
     }
 
 
-def source_fields(source: Question) -> dict[str, str]:
+def source_fields(recalled: Recalled) -> dict[str, str]:
     """A sentence that was read, as `--json` prints it."""
-    return {"document": source.document, "text": source.source}
+    return {"document": recalled.question.document, "text": recalled.question.source}
 
 
 def figures(answer: Answer) -> str:

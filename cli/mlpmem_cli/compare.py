@@ -32,7 +32,7 @@ def compare(
     arms: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: base, rag, rag-tuned, memory, memory+rag, memory+recall, "
+            help="Comma-separated: base, rag, rag-tuned, memory, recall, memory+rag, "
             "memory-first, knn, lora."
         ),
     ] = ARMS,

@@ -10,6 +10,7 @@ from llama_index.indices.managed.mlpmem import (
     MemoryFirstQueryEngine,
     MemoryRAGQueryEngine,
     MLPMemIndex,
+    RecallQueryEngine,
 )
 from llama_index.llms.mlpmem import MLPMemLLM
 from mlpmem_eval.answerers import Answerer, ChatAnswerer, PromptAnswerer, QueryEngineAnswerer
@@ -92,12 +93,11 @@ def _memory_and_rag(bench: Workbench) -> Arm:
     )
 
 
-def _memory_and_recall(bench: Workbench) -> Arm:
-    name = "memory+recall"
+def _recall(bench: Workbench) -> Arm:
     index = MLPMemIndex.from_memory(bench.folder, llm=bench.chat_llm())
-    engine = MemoryRAGQueryEngine(bench.chat_llm(), index.as_recall_retriever())
+    engine = RecallQueryEngine(bench.chat_llm(), index.as_recall_retriever())
     settings = bench.memory_settings | {"recalled_sentences": 1, "prompt": FEW_SHOT}
-    return Arm(QueryEngineAnswerer(name, engine, settings), bench.memory_setup)
+    return Arm(QueryEngineAnswerer("recall", engine, settings), bench.memory_setup)
 
 
 def _memory_first(bench: Workbench) -> Arm:
@@ -188,8 +188,8 @@ ARMS: dict[str, Callable[[Workbench], Arm]] = {
     "rag": _rag,
     "rag-tuned": _rag_tuned,
     "memory": _memory,
+    "recall": _recall,
     "memory+rag": _memory_and_rag,
-    "memory+recall": _memory_and_recall,
     "memory-first": _memory_first,
     "knn": _knn,
     "lora": _lora,

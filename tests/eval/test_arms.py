@@ -66,7 +66,7 @@ def test_arms_that_are_not_known_or_lack_documents_are_refused(bench: Workbench)
             make_arms(names, bench)
     bench.corpus = None
     for name in ARMS:
-        if name not in ("base", "memory", "memory+recall"):
+        if name not in ("base", "memory", "recall"):
             with pytest.raises(ConfigError, match=re.escape(f"'{name}' needs the documents")):
                 make_arms([name], bench)
 
@@ -161,7 +161,7 @@ def test_an_arm_answers(
 ) -> None:
     bench = bench_of(request.getfixturevalue(memory), tiny_documents, tmp_path)
     bench.threshold = 0.5  # this memory gives no confidence to fit one on
-    if (memory, name) == ("tiny_memory", "memory+recall"):
+    if (memory, name) == ("tiny_memory", "recall"):
         with pytest.raises(ConfigError, match="this memory was taught no questions"):
             make_arms([name], bench)
         return
@@ -169,7 +169,7 @@ def test_an_arm_answers(
     rows = run_comparison([arm.answerer], QUESTIONS, tmp_path / "rows", RunSettings(warm_up=0))
     assert [row.error for row in rows] == [None, None]
     assert all(row.llm_calls >= 1 for row in rows)
-    retrieves = name in ("rag", "rag-tuned", "memory+rag", "memory+recall", "memory-first")
+    retrieves = name in ("rag", "rag-tuned", "memory+rag", "recall", "memory-first")
     assert (rows[0].documents is not None) == retrieves
     assert arm.answerer.name == name
     json.dumps(arm.answerer.settings)  # kept with the report

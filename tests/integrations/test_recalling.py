@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 
 import numpy as np
 import pytest
-from llama_index.core.schema import MetadataMode
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
-from llama_index.indices.managed.mlpmem import MemoryRAGQueryEngine, MLPMemIndex, RecallRetriever
+from llama_index.indices.managed.mlpmem import (
+    MemoryRAGQueryEngine,
+    MLPMemIndex,
+    RecallQueryEngine,
+    RecallRetriever,
+)
 from llama_index.indices.managed.mlpmem.attribution import LABEL
 from llama_index.indices.managed.mlpmem.recalling import MEANT, RECALLED
 from mlpmem_cli.app import main
@@ -18,6 +25,17 @@ from mlpmem_rag.provenance import Provenance
 from mlpmem_rag.recall import question_keys
 
 ASKED = ("Who found wild honey in the old mill?", "So, what did Ines Maro find?", "Who is king?")
+
+
+class Given(RecallRetriever):
+    """Another's node."""
+
+    def __init__(self, node: NodeWithScore) -> None:
+        BaseRetriever.__init__(self)
+        self._node = node
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return [self._node]
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -35,20 +53,38 @@ def test_sentences_are_those_of_the_nearest_questions(index: MLPMemIndex, asked:
     assert [node.node.get_content(MetadataMode.LLM) for node in nodes] == sources[:3]
     assert nodes[0].score == pytest.approx(float(scores.max()), abs=1e-3)
     first = rows.questions[int(nearest[0])]
-    assert nodes[0].node.metadata == {LABEL: RECALLED, MEANT: first.text}
+    meant = {"question": first.text, "answer": first.answer}
+    assert nodes[0].node.metadata == {LABEL: RECALLED, MEANT: meant}
     assert nodes[0].node.ref_doc_id == first.document
 
 
-def test_what_is_recalled_is_read_beside_the_memory(index: MLPMemIndex) -> None:
-    engine = MemoryRAGQueryEngine(index.llm, index.as_recall_retriever())
-    response = engine.query(ASKED[0])
-    (node,) = response.source_nodes
-    assert "found wild honey" in node.node.get_content()
-    passages = [node.node.get_content()]
-    expected = index.llm.model.answer(ASKED[0], max_new_tokens=16, passages=passages)
-    assert (str(response), expected.text) == ("Ines Maro", "Ines Maro")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_recalled_is_read(index: MLPMemIndex, asynchronous: bool) -> None:
+    engine = RecallQueryEngine(index.llm, index.as_recall_retriever(similarity_top_k=2))
+    asked = ASKED[0]
+    response = asyncio.run(engine.aquery(asked)) if asynchronous else engine.query(asked)
+    memory = index.llm.model
+    recalled = memory.recalled(ASKED[0], Provenance.open(index.memory_folder), top_k=2)
+    assert "found wild honey" in recalled[0].question.source
+    contents = [node.node.get_content() for node in response.source_nodes]
+    assert contents == [one.question.source for one in recalled]
+    expected = memory.answer(ASKED[0], max_new_tokens=16, recalled=recalled)
+    assert str(response) == expected.text
     assert response.metadata is not None
-    assert response.metadata["mlpmem"]["usage"]["prompt_tokens"] == expected.prompt_tokens
+    details = response.metadata["mlpmem"]
+    assert (details["route"], details["attribution"]) == ("recall", RECALLED)
+    assert details["confidence"] == pytest.approx(expected.confidence)
+    assert details["usage"]["prompt_tokens"] == expected.prompt_tokens
+
+
+def test_the_sentences_serve_other_engines_too(index: MLPMemIndex) -> None:
+    response = MemoryRAGQueryEngine(index.llm, index.as_recall_retriever()).query(ASKED[0])
+    passages = [node.node.get_content() for node in response.source_nodes]
+    expected = index.llm.model.answer(ASKED[0], max_new_tokens=16, passages=passages)
+    assert str(response) == expected.text
+    passage = NodeWithScore(node=TextNode(text="Ines Maro found wild honey."), score=1.0)
+    with pytest.raises(ConfigError, match="a node that no memory has recalled"):
+        RecallQueryEngine(index.llm, Given(passage)).query(ASKED[0])
 
 
 def test_documents_that_have_changed_are_not_read(index: MLPMemIndex) -> None:
@@ -70,8 +106,10 @@ def test_without_the_trainings_rows_there_is_nothing_to_read(index: MLPMemIndex)
         fresh.as_recall_retriever(similarity_top_k=0)
     # One that was made before finds nothing, and the memory answers alone.
     gone = RecallRetriever(index.llm.model, iter([object(), None]).__next__)  # type: ignore[arg-type]
-    response = MemoryRAGQueryEngine(index.llm, gone).query(ASKED[0])
+    response = RecallQueryEngine(index.llm, gone).query(ASKED[0])
     assert (response.source_nodes, str(response)) == ([], "Ines Maro")
+    assert response.metadata is not None
+    assert response.metadata["mlpmem"]["route"] == "memory"
     with pytest.raises(ConfigError, match="the question is empty"):
         retriever.retrieve(" ")
 
@@ -87,13 +125,14 @@ def test_ask_reads_what_it_recalls(
         assert not ended.value.code
         return capsys.readouterr()
 
-    (node,) = index.as_recall_retriever().retrieve(ASKED[0])
-    passages = [node.node.get_content()]
-    expected = index.llm.model.answer(ASKED[0], max_new_tokens=16, passages=passages)
+    memory = index.llm.model
+    (one,) = recalled = memory.recalled(ASKED[0], Provenance.open(index.memory_folder))
+    expected = memory.answer(ASKED[0], max_new_tokens=16, recalled=recalled)
     found = json.loads(ask("--json")[0])
     assert found["answer"] == expected.text
     assert found["prompt_tokens"] == expected.prompt_tokens
-    assert found["sources"] == [{"document": node.node.ref_doc_id, "text": passages[0]}]
+    told = {"document": one.question.document, "text": one.question.source}
+    assert found["sources"] == [told]
     out, err = ask()
     assert out.strip() == expected.text
-    assert f"{node.node.ref_doc_id}: {passages[0]}" in " ".join(err.split())
+    assert f"{told['document']}: {told['text']}" in " ".join(err.split())

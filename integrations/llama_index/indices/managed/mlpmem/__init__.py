@@ -11,10 +11,10 @@ except ModuleNotFoundError as error:
         "LlamaIndex is not installed; pip install 'mlpmem-rag[llama-index]'"
     ) from error
 
-from llama_index.indices.managed.mlpmem.agreeing import MemoryRAGQueryEngine
 from llama_index.indices.managed.mlpmem.base import MLPMemIndex
 from llama_index.indices.managed.mlpmem.hybrid import MemoryFirstQueryEngine, ThresholdFit
 from llama_index.indices.managed.mlpmem.query_engine import MemoryQueryEngine
+from llama_index.indices.managed.mlpmem.reading import MemoryRAGQueryEngine, RecallQueryEngine
 from llama_index.indices.managed.mlpmem.recalling import RecallRetriever
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MemoryFirstQueryEngine",
     "MemoryQueryEngine",
     "MemoryRAGQueryEngine",
+    "RecallQueryEngine",
     "RecallRetriever",
     "ThresholdFit",
 ]

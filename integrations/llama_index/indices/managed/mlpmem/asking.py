@@ -116,7 +116,7 @@ class AskedIndex(BaseIndex[MLPMemIndexStruct]):
     ) -> RecallRetriever:
         """Finds the sentences that taught the memory what is asked, for others to read.
 
-        With `MemoryRAGQueryEngine` the memory is its own retriever.
+        `RecallQueryEngine` has the memory's own base model read them.
 
         Raises:
             ConfigError: see `RecallRetriever`.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from llama_index.indices.managed.mlpmem.attribution import LABEL, labelled, text_node
 from llama_index.indices.managed.mlpmem.refused import check_question
@@ -15,10 +15,12 @@ from llama_index.indices.managed.mlpmem.rows import Rows
 from mlpmem_rag.errors import ConfigError
 from mlpmem_rag.late_interaction import CANDIDATES
 from mlpmem_rag.memory_model import MemoryModel
+from mlpmem_rag.provenance import Recalled
+from mlpmem_rag.questions import Question
 
 RECALLED = "recalled"
 MEANT = "mlpmem_recalled"
-"""Key of a node's metadata: the learned question that was written from its sentence."""
+"""Key of a node's metadata: the learned question that its sentence answers, and its answer."""
 
 
 class RecallRetriever(BaseRetriever):
@@ -78,7 +80,10 @@ class RecallRetriever(BaseRetriever):
             NodeWithScore(
                 node=labelled(
                     text_node(rows.document(one.question), one.question.source),
-                    {LABEL: RECALLED, MEANT: one.question.text},
+                    {
+                        LABEL: RECALLED,
+                        MEANT: {"question": one.question.text, "answer": one.question.answer},
+                    },
                 ),
                 score=one.score,
             )
@@ -89,3 +94,21 @@ class RecallRetriever(BaseRetriever):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def recalled_of(found: NodeWithScore) -> Recalled:
+    """What a node of a `RecallRetriever` was made of.
+
+    Raises:
+        ConfigError: it is another retriever's.
+    """
+    node = found.node
+    meant = node.metadata.get(MEANT)
+    if meant is None:
+        raise ConfigError(
+            "a node that no memory has recalled; allowed are those of a RecallRetriever. For "
+            "other passages take MemoryRAGQueryEngine"
+        )
+    text = node.get_content(MetadataMode.NONE)
+    question = Question(meant["question"], meant["answer"], text, node.ref_doc_id or "")
+    return Recalled(question, found.get_score())

@@ -1,9 +1,11 @@
-"""Memory and retrieval together: passages are read, and reader and memory agree on an answer."""
+"""Answers that are read: from passages, beside the memory, or from what the memory recalls."""
 
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -21,6 +23,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index.indices.managed.mlpmem.hybrid import RETRIEVED
+from llama_index.indices.managed.mlpmem.recalling import RECALLED, RecallRetriever, recalled_of
 from llama_index.indices.managed.mlpmem.refused import check_question
 from llama_index.indices.managed.mlpmem.synthesizer import KEY
 from llama_index.llms.mlpmem import MLPMemLLM
@@ -29,24 +32,24 @@ from llama_index.llms.mlpmem.calls import raw
 dispatcher = get_dispatcher(__name__)
 
 
-class MemoryRAGQueryEngine(BaseQueryEngine):
-    """Retrieves, reads and remembers: of two answers, the jointly more probable one.
+class ReadingQueryEngine(BaseQueryEngine):
+    """Has the memory's base model read what a retriever finds.
 
-    The base model answers from the passages, the memory without them, and each judges what the
-    other says (`MemoryModel.answer` with `passages`). It takes both their times, and nothing of the
-    answer is certain before its end, so that there is no stream.
+    Nothing of an answer is told before its end, so that there is no stream.
 
-    `response.metadata["mlpmem"]`: `route` (`memory+rag`), `confidence` (what the memory thinks of
-    the answer that is given; None where it cannot tell), `lambda`, `attribution`, `usage`,
-    `seconds`.
+    `response.metadata["mlpmem"]`: `route` (the engine's; `memory` where nothing was found),
+    `confidence` (what the memory thinks of the answer that is given; None where it cannot tell),
+    `lambda`, `attribution`, `usage`, `seconds`.
 
     Args:
         llm: the memory, see `MLPMemIndex.as_llm`.
-        retriever: finds the passages; few and short ones suit a small base model
-            (docs/experiments.md).
+        retriever: finds what is read.
         node_postprocessors: applied to what is found.
         callback_manager: LlamaIndex's callbacks.
     """
+
+    route: str
+    attribution: str
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class MemoryRAGQueryEngine(BaseQueryEngine):
         with self.callback_manager.event(
             CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str}
         ) as event:
-            response = self._agreed(query_bundle.query_str, self.retrieve(query_bundle))
+            response = self._read(query_bundle.query_str, self.retrieve(query_bundle))
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
@@ -93,11 +96,15 @@ class MemoryRAGQueryEngine(BaseQueryEngine):
             CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str}
         ) as event:
             nodes = await self.aretrieve(query_bundle)
-            response = await asyncio.to_thread(self._agreed, query_bundle.query_str, nodes)
+            response = await asyncio.to_thread(self._read, query_bundle.query_str, nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
-    def _agreed(self, question: str, nodes: list[NodeWithScore]) -> Response:
+    @abstractmethod
+    def _shown(self, nodes: Sequence[NodeWithScore]) -> dict[str, Any]:
+        """What was found, as arguments of `MemoryModel.answer`."""
+
+    def _read(self, question: str, nodes: list[NodeWithScore]) -> Response:
         llm = self._llm
         dispatcher.event(
             LLMCompletionStartEvent(prompt=question, additional_kwargs={}, model_dict=llm.to_dict())
@@ -106,15 +113,59 @@ class MemoryRAGQueryEngine(BaseQueryEngine):
             question,
             max_new_tokens=llm.metadata.num_output,
             lambda_=llm.lambda_,
-            passages=[node.node.get_content(MetadataMode.LLM) for node in nodes],
+            **self._shown(nodes),
         )
         told = raw(answer, model=llm.metadata.model_name)
         reply = CompletionResponse(text=answer.text, raw=told)
         dispatcher.event(LLMCompletionEndEvent(prompt=question, response=reply))
         details = {
-            "route": "memory+rag" if nodes else "memory",
-            "attribution": RETRIEVED,
+            "route": self.route if nodes else "memory",
+            "attribution": self.attribution,
             "usage": told["usage"],
             **told[KEY],
         }
         return Response(answer.text, source_nodes=nodes, metadata={KEY: details})
+
+
+class MemoryRAGQueryEngine(ReadingQueryEngine):
+    """Retrieves, reads and remembers: of two answers, the jointly more probable one.
+
+    The base model answers from the passages, the memory without them, and each judges what the
+    other says (`MemoryModel.answer` with `passages`). It takes both their times. Few and short
+    passages suit a small base model (docs/experiments.md). The route is `memory+rag`.
+    """
+
+    route = "memory+rag"
+    attribution = RETRIEVED
+
+    def _shown(self, nodes: Sequence[NodeWithScore]) -> dict[str, Any]:
+        return {"passages": [node.node.get_content(MetadataMode.LLM) for node in nodes]}
+
+
+class RecallQueryEngine(ReadingQueryEngine):
+    """Reads the sentence that the memory recalls, beside the question that it was taught with.
+
+    `MemoryModel.answer` with `recalled`: oftener right than the memory alone, and slower
+    (docs/experiments.md). Where nothing is recalled the memory answers. The route is `recall`.
+
+    Args:
+        llm: the memory, see `MLPMemIndex.as_llm`.
+        retriever: see `MLPMemIndex.as_recall_retriever`.
+        node_postprocessors: applied to what is recalled.
+        callback_manager: LlamaIndex's callbacks.
+    """
+
+    route = "recall"
+    attribution = RECALLED
+
+    def __init__(
+        self,
+        llm: MLPMemLLM,
+        retriever: RecallRetriever,
+        node_postprocessors: Sequence[BaseNodePostprocessor] = (),
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        super().__init__(llm, retriever, node_postprocessors, callback_manager)
+
+    def _shown(self, nodes: Sequence[NodeWithScore]) -> dict[str, Any]:
+        return {"recalled": [recalled_of(node) for node in nodes]}
