@@ -37,7 +37,13 @@ from mlpmem_rag.prompts import (
 )
 from mlpmem_rag.provenance import Origin, Provenance, Recalled
 from mlpmem_rag.query import QueryEncoder
-from mlpmem_rag.reading import agreed_answer, answer_trace, read_batch, reading
+from mlpmem_rag.reading import (
+    agreed_answer,
+    answer_trace,
+    read_batch,
+    read_recalled,
+    reading,
+)
 from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
@@ -362,16 +368,18 @@ class MemoryModel:
 
         def read(give: Callable[[str], None], stop: threading.Event) -> None:
             model, tokenizer, openings = self.model, self.tokenizer, self._openings
+            weight = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
             questions = [one.question for one in recalled]
             sentences = list(dict.fromkeys(one.source for one in questions))
             whole = reading(tokenizer, question, sentences, questions)
             kept = whole.within(self.room_for_prompt(decoding.max_new_tokens))
-            (text,) = read_batch(
-                model, tokenizer, [kept], openings, max_new_tokens=decoding.max_new_tokens
-            )
+            most, taught = decoding.max_new_tokens, questions[0].answer
+            if weight > 0:
+                text = read_recalled(model, tokenizer, kept, taught, openings, max_new_tokens=most)
+            else:  # the base model alone: see `_with_passages`
+                (text,) = read_batch(model, tokenizer, [kept], max_new_tokens=most)
             said = answer_ids(tokenizer, text)
             confidence = None
-            weight = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
             if self.confidence is not None and weight > 0:
                 bare = conversation(tokenizer, [{"role": "user", "content": question}])
                 asked = bare.within(max(1, self.context_window - len(said)))

@@ -137,8 +137,44 @@ def read_batch(
         for line, number in enumerate(batch):
             tokens = output[line, begun.token_ids.shape[1] :]
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            texts[number] = text.strip().split(STOP)[0].strip().rstrip(".")
+            texts[number] = _first_line(text)
     return [texts[number] for number in range(len(prompts))]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split(STOP)[0].strip().rstrip(".")
+
+
+@torch.inference_mode()
+def read_recalled(
+    model: MLPMemForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    taught: str,
+    openings: Openings,
+    *,
+    max_new_tokens: int = 24,
+) -> str:
+    """What `read_batch` gives, where the answer that was taught is likely.
+
+    That answer is read ahead with the prompt: where the base model would say it token by token, one
+    pass is enough.
+
+    Args:
+        model: its base model reads.
+        tokenizer: of the base model.
+        prompt: see `read_batch`.
+        taught: the answer to the learned question that stands last in the prompt.
+        openings: see `read_batch`.
+        max_new_tokens: most tokens of an answer.
+    """
+    draft = encoded(tokenizer, f" {taught}{STOP}", special=False)
+    if len(draft) <= max_new_tokens:
+        logits = _answer_logits(model, prompt, draft, None, openings, lambda_=0.0)
+        if logits.argmax(-1).tolist() == draft:
+            return _first_line(taught)
+    (text,) = read_batch(model, tokenizer, [prompt], openings, max_new_tokens=max_new_tokens)
+    return text
 
 
 @dataclass(frozen=True)
@@ -216,6 +252,26 @@ def answer_log_probs(
     The answer that was taught to the recalled question has its share. `openings`: see `read_batch`.
     *Shape:* -> (A,).
     """
+    logits = _answer_logits(model, prompt, answer, query_vector, openings, lambda_=lambda_)
+    told = torch.tensor(answer, device=logits.device)
+    chosen: Tensor = logits.float().log_softmax(-1).gather(1, told[:, None]).squeeze(1)
+    weight = model.memory_lambda if lambda_ is None else lambda_
+    if query_vector is None or weight == 0:
+        return chosen
+    taught = model.taught_answers(query_vector)[0].tolist()
+    return of_answer(chosen, answer, taught, SHARE * weight)
+
+
+def _answer_logits(
+    model: MLPMemForCausalLM,
+    prompt: Prompt,
+    answer: Sequence[int],
+    query_vector: Tensor | None,
+    openings: Openings | None,
+    *,
+    lambda_: float | None,
+) -> Tensor:
+    """The logits before each token of an answer after a prompt, in one pass. *Shape:* -> (A, W)."""
     whole = Prompt([*prompt.token_ids, *answer], prompt.opening)
     begun = (openings or Openings(model.base)).begin([whole], 0, shared=openings is not None)
     ids, first = begun.token_ids, len(prompt.token_ids)
@@ -228,13 +284,8 @@ def answer_log_probs(
         query_vector=query_vector,
         memory_lambda=lambda_,
     )
-    log_probs = output.logits[0].float().log_softmax(-1)
-    chosen: Tensor = log_probs.gather(1, ids[0, first:, None]).squeeze(1)
-    weight = model.memory_lambda if lambda_ is None else lambda_
-    if query_vector is None or weight == 0:
-        return chosen
-    taught = model.taught_answers(query_vector)[0].tolist()
-    return of_answer(chosen, answer, taught, SHARE * weight)
+    logits: Tensor = output.logits[0]
+    return logits
 
 
 @torch.inference_mode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from mlpmem_rag.reading import (
     answer_trace,
     encoded,
     read_batch,
+    read_recalled,
     reading,
     reading_prompt,
 )
@@ -182,6 +185,48 @@ def test_what_is_recalled_is_read_in_the_memorys_place(
         memory.answer(question, passages=["Ann hung it."], recalled=recalled)
     with pytest.raises(ConfigError, match="question is empty"):
         memory.answer(" ", recalled=recalled)
+
+
+@pytest.mark.parametrize("likely", [True, False])
+def test_a_taught_answer_that_is_the_readers_too_takes_one_pass(
+    roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase], likely: bool
+) -> None:
+    model, tokenizer = roomy
+    near = [Question("Who hung a lamp?", "the ledger", "Ann hung it.", "d")]
+    prompt = reading(tokenizer, "Who hung it?", ["Ann hung it."], near)
+    taught = encoded(tokenizer, " the ledger\n", special=False)
+    spoken = taught if likely else [*taught[:1], *encoded(tokenizer, " quay\n", special=False)]
+    follows = dict(itertools.pairwise([prompt.token_ids[-1], *spoken]))
+    assert len(follows) == len(spoken)
+    read: list[torch.Tensor] = []
+
+    def say(_: object, __: object, logits: torch.Tensor) -> None:
+        ids, rows = read[-1], logits.shape[1]
+        for row, token in zip(
+            logits[0], ids[-1:] if rows == 1 else ids[-1 - rows : -1], strict=True
+        ):
+            if int(token) in follows:
+                row[follows[int(token)]] += 1000
+
+    def note(_: object, args: tuple[torch.Tensor, ...], __: object) -> None:
+        read.append(args[0][0])
+
+    base: Any = model.base
+    openings = Openings(base)
+    openings.begin([prompt], 0, shared=True)
+    hooks = [
+        base.get_input_embeddings().register_forward_hook(note),
+        base.get_output_embeddings().register_forward_hook(say),
+    ]
+    try:
+        (expected,) = read_batch(model, tokenizer, [prompt], openings)
+        taken = len(read)
+        assert read_recalled(model, tokenizer, prompt, "the ledger", openings) == expected
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (expected == "the ledger") == likely
+    assert (taken, len(read) - taken) == (len(spoken), 1 if likely else 1 + len(spoken))
 
 
 def test_reading_has_its_turn_and_ends_with_the_memory(
