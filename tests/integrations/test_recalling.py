@@ -9,9 +9,11 @@ import shutil
 import numpy as np
 import pytest
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.response.schema import Response
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
 from llama_index.indices.managed.mlpmem import (
+    MemoryFirstQueryEngine,
     MemoryRAGQueryEngine,
     MLPMemIndex,
     RecallQueryEngine,
@@ -136,3 +138,16 @@ def test_ask_reads_what_it_recalls(
     out, err = ask()
     assert out.strip() == expected.text
     assert f"{told['document']}: {told['text']}" in " ".join(err.split())
+
+
+def test_only_what_the_memory_is_not_sure_of_is_read(index: MLPMemIndex) -> None:
+    recall = RecallQueryEngine(index.as_llm(), index.as_recall_retriever())
+    for threshold, route in ((0.0, "memory"), (1.0, "rag")):
+        engine = MemoryFirstQueryEngine(index.as_query_engine(), recall, threshold=threshold)
+        response = engine.query(ASKED[0])
+        assert isinstance(response, Response)
+        assert response.metadata is not None
+        assert response.metadata["mlpmem"]["route"] == route
+        if route == "rag":
+            assert str(response) == str(recall.query(ASKED[0]))
+            assert [node.node.metadata[LABEL] for node in response.source_nodes] == [RECALLED]
