@@ -76,6 +76,7 @@ class Answer:
         cut_tokens: tokens of the prompt's beginning that had no room in the context window.
         ended: whether the text came to its end, rather than to `max_new_tokens`.
         lambda_: mixing weight that was in use.
+        read: passages that the base model read for it.
     """
 
     text: str
@@ -87,6 +88,7 @@ class Answer:
     cut_tokens: int = 0
     ended: bool = False
     lambda_: float = 0.0
+    read: tuple[str, ...] = ()
 
 
 class Generation:

@@ -47,6 +47,8 @@ from mlpmem_rag.reading import (
 from mlpmem_rag.turns import Turns, alone
 
 NOT_KNOWN = "not in my documents"
+SURE = 0.5
+"""Confidence from which a memory's answer stands beside what could be read."""
 
 
 class AnswerStream:
@@ -176,9 +178,10 @@ class MemoryModel:
             threshold: confidence below which the text is `NOT_KNOWN` instead.
             passages: retrieved texts, for memory and RAG together: the base model reads them, and
                 of its answer and the memory's the jointly more probable one is given.
-            recalled: what the method `recalled` found: the base model reads these sentences, after
-                the learned questions and their answers, and answers in the memory's place. The
-                confidence is what the memory thinks of its answer.
+            recalled: what the method `recalled` found: where the memory does not hold its own
+                answer for more likely right than wrong, the base model reads these sentences, after
+                the learned questions and their answers, and answers in its place. The confidence
+                is what the memory thinks of that answer.
 
         Raises:
             ConfigError: empty question, a number outside what is allowed, both passages and what
@@ -188,19 +191,15 @@ class MemoryModel:
             raise ConfigError(f"threshold = {threshold}: allowed are 0 (answer always) to 1")
         if passages and recalled:
             raise ConfigError("both passages and recalled are given; allowed is one of them")
-        decoding = Decoding(max_new_tokens=max_new_tokens, lambda_=lambda_)
-        messages = _messages(question)
-        if recalled:
-            check_asked(messages)
-            answer = self._read(messages[-1]["content"], recalled, decoding)
-        else:
-            stream = self.reply(messages, decoding)
-            for _ in stream:
-                pass
-            answer = stream.answer
+        stream = self.stream(question, max_new_tokens=max_new_tokens, lambda_=lambda_)
+        for _ in stream:
+            pass
+        answer = stream.answer
+        text = question if isinstance(question, str) else question[-1]["content"]
         if passages:
-            text = messages[-1]["content"]
             answer = self._with_passages(answer, text, passages, max_new_tokens, lambda_)
+        if recalled and (answer.confidence is None or answer.confidence < SURE):
+            answer = self._with_recalled(answer, text, recalled, max_new_tokens, lambda_)
         if threshold and answer.confidence is None:
             raise ConfigError(
                 f"threshold = {threshold}: without the memory (lambda 0), or by a memory that was "
@@ -361,45 +360,52 @@ class MemoryModel:
         log_probs: Tensor = output.logits[0].float().log_softmax(-1)
         return log_probs
 
-    def _read(self, question: str, recalled: Sequence[Recalled], decoding: Decoding) -> Answer:
+    def _with_recalled(
+        self,
+        remembered: Answer,
+        question: str,
+        recalled: Sequence[Recalled],
+        max_new_tokens: int,
+        lambda_: float | None,
+    ) -> Answer:
         """In a turn of its own."""
         started = time.perf_counter()
         found: list[Answer] = []
 
         def read(give: Callable[[str], None], stop: threading.Event) -> None:
             model, tokenizer, openings = self.model, self.tokenizer, self._openings
-            weight = model.memory_lambda if decoding.lambda_ is None else decoding.lambda_
             questions = [one.question for one in recalled]
             sentences = list(dict.fromkeys(one.source for one in questions))
             whole = reading(tokenizer, question, sentences, questions)
-            kept = whole.within(self.room_for_prompt(decoding.max_new_tokens))
-            most, taught = decoding.max_new_tokens, questions[0].answer
-            if weight > 0:
-                text = read_recalled(model, tokenizer, kept, taught, openings, max_new_tokens=most)
+            kept = whole.within(self.room_for_prompt(max_new_tokens))
+            if remembered.lambda_ > 0:
+                taught = questions[0].answer
+                text = read_recalled(
+                    model, tokenizer, kept, taught, openings, max_new_tokens=max_new_tokens
+                )
             else:  # the base model alone: see `_with_passages`
-                (text,) = read_batch(model, tokenizer, [kept], max_new_tokens=most)
+                (text,) = read_batch(model, tokenizer, [kept], max_new_tokens=max_new_tokens)
             said = answer_ids(tokenizer, text)
-            confidence = None
-            if self.confidence is not None and weight > 0:
+            confidence = remembered.confidence
+            if text != remembered.text and confidence is not None and self.confidence is not None:
                 bare = conversation(tokenizer, [{"role": "user", "content": question}])
                 asked = bare.within(max(1, self.context_window - len(said)))
                 vector = self._parts().query_vectors([question])
-                _, trace = answer_trace(
-                    model, asked, said, vector, openings, lambda_=decoding.lambda_
-                )
+                _, trace = answer_trace(model, asked, said, vector, openings, lambda_=lambda_)
                 confidence = self.confidence.of(trace)
-            seconds = time.perf_counter() - started
+            seconds = remembered.seconds + time.perf_counter() - started
             found.append(
-                Answer(
+                replace(
+                    remembered,
                     text=text,
-                    seconds=seconds,
-                    ttft_seconds=seconds,  # nothing is told before the end
-                    prompt_tokens=len(kept.token_ids),
-                    new_tokens=len(said),
                     confidence=confidence,
-                    cut_tokens=len(whole.token_ids) - len(kept.token_ids),
-                    ended=len(said) <= decoding.max_new_tokens,
-                    lambda_=weight,
+                    seconds=seconds,
+                    ttft_seconds=seconds,  # nothing is certain before the end
+                    prompt_tokens=remembered.prompt_tokens + len(kept.token_ids),
+                    new_tokens=remembered.new_tokens + len(said),
+                    cut_tokens=remembered.cut_tokens + len(whole.token_ids) - len(kept.token_ids),
+                    ended=len(said) <= max_new_tokens,
+                    read=tuple(sentences),
                 )
             )
 
@@ -451,6 +457,7 @@ class MemoryModel:
                     ttft_seconds=seconds,  # nothing is certain before the end
                     prompt_tokens=remembered.prompt_tokens + len(kept.token_ids),
                     cut_tokens=remembered.cut_tokens + len(whole.token_ids) - len(kept.token_ids),
+                    read=tuple(passages),
                 )
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,11 @@ def test_the_confidence_is_that_of_the_text_given(
     assert given == {True, False}
 
 
-def test_what_is_recalled_is_read_in_the_memorys_place(
+def test_what_is_recalled_is_read_where_the_memory_is_not_sure(
     roomy: tuple[MLPMemForCausalLM, PreTrainedTokenizerBase],
 ) -> None:
-    confidence = Confidence((0.3, -0.2, 0.05, 0.1, 0.2, -0.1, 0.0, 0.3, 0.4))
-    memory = MemoryModel(*roomy, confidence=confidence)
+    unsure = Confidence((0.3, -0.2, 0.05, 0.1, 0.2, -0.1, 0.0, 0.3, -4.0))
+    memory = MemoryModel(*roomy, confidence=unsure)
     question = "Who hung it?"
     near = [Question("Who hung a lamp?", "Ann", "Ann hung it.", "d")]
     near += [Question("What did Ann hang?", "it", "Ann hung it.", "d")]
@@ -169,22 +170,28 @@ def test_what_is_recalled_is_read_in_the_memorys_place(
     prompt = reading(memory.tokenizer, question, ["Ann hung it."], near)
     assert prompt.opening == reading(memory.tokenizer, question, ["Ann hung it."]).opening
     (text,) = read_batch(memory.model, memory.tokenizer, [prompt], max_new_tokens=5)
+    alone = memory.answer(question, max_new_tokens=5)
     found = memory.answer(question, max_new_tokens=5, recalled=recalled)
     bare = Prompt(prompt_ids(memory.tokenizer, [{"role": "user", "content": question}]))
     said = answer_ids(memory.tokenizer, text)
     _, trace = answer_trace(memory.model, bare, said, None)
-    assert found.text == text
-    assert found.confidence == pytest.approx(confidence.of(trace), abs=1e-4)
-    assert (found.prompt_tokens, found.new_tokens) == (len(prompt.token_ids), len(said))
-    assert memory.answer(question, max_new_tokens=5, recalled=recalled, threshold=1.0).text == (
-        "not in my documents"
-    )
+    assert (found.text, found.read) == (text, ("Ann hung it.",))
+    assert text != alone.text
+    assert alone.confidence is not None
+    assert found.confidence == pytest.approx(unsure.of(trace), rel=1e-3)
+    assert found.prompt_tokens == alone.prompt_tokens + len(prompt.token_ids)
+    assert found.new_tokens == alone.new_tokens + len(said)
+    refused = memory.answer(question, max_new_tokens=5, recalled=recalled, threshold=0.9)
+    assert refused.text == "not in my documents"
     unmixed = memory.answer(question, max_new_tokens=5, recalled=recalled, lambda_=0.0)
     assert (unmixed.text, unmixed.confidence) == (text, None)
     with pytest.raises(ConfigError, match="both passages and recalled are given"):
         memory.answer(question, passages=["Ann hung it."], recalled=recalled)
-    with pytest.raises(ConfigError, match="question is empty"):
-        memory.answer(" ", recalled=recalled)
+
+    memory.confidence = replace(unsure, weights=(*unsure.weights[:-1], 9.0))
+    sure = memory.answer(question, max_new_tokens=5, recalled=recalled)
+    assert (sure.text, sure.read) == (alone.text, ())
+    assert sure.prompt_tokens == alone.prompt_tokens
 
 
 @pytest.mark.parametrize("likely", [True, False])
@@ -259,6 +266,7 @@ def test_an_answer_with_passages_counts_both_prompts(
     assert both.cut_tokens == alone.cut_tokens + len(whole.token_ids) - len(kept.token_ids)
     (read,) = read_batch(memory.model, memory.tokenizer, [kept], max_new_tokens=4)
     assert both.text in {alone.text, read}
+    assert (alone.read, both.read) == ((), ("Ann hung it.",))
 
 
 def test_passages_beyond_the_window_lose_their_beginning(

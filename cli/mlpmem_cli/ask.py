@@ -31,8 +31,8 @@ def ask(
         bool,
         typer.Option(
             "--read",
-            help="Have the base model read the sentence that the memory recalls: oftener right, "
-            "and slower. Needs the training's work folder.",
+            help="Where the memory is not sure, have the base model read the sentence that it "
+            "recalls: oftener right, and slower. Needs the training's work folder.",
         ),
     ] = False,
     verify: options.VerifyOption = Verify.full,
@@ -41,7 +41,8 @@ def ask(
     """Answer questions from a memory, without retrieval.
 
     With --json, one object a line: answer, confidence (null where the memory cannot tell),
-    seconds, ttft_seconds, prompt_tokens, new_tokens; with --read, sources (document and text).
+    seconds, ttft_seconds, prompt_tokens, new_tokens; with --read, sources (document and text of
+    what was read).
     """
     asked = questions or _from_stdin()
     from mlpmem_cli import display
@@ -76,11 +77,13 @@ def ask(
                 print(piece, end="", flush=True)
             answer = stream.answer
         if as_json:
-            told = {"sources": [source_fields(one) for one in recalled]} if read else {}
+            told = (
+                {"sources": [source_fields(one) for one in recalled if answer.read]} if read else {}
+            )
             print(json.dumps(answer_fields(answer) | told, ensure_ascii=False), flush=True)
         else:
             print(answer.text if threshold or read else "", flush=True)
-            for one in recalled:
+            for one in recalled if answer.read else []:
                 line = f"{one.question.document}: {one.question.source}"
                 console.print(line, style="dim", markup=False, highlight=False)
             console.print(figures(answer), style="dim", highlight=False)

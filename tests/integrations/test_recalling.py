@@ -9,11 +9,9 @@ import shutil
 import numpy as np
 import pytest
 from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.base.response.schema import Response
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
 from llama_index.indices.managed.mlpmem import (
-    MemoryFirstQueryEngine,
     MemoryRAGQueryEngine,
     MLPMemIndex,
     RecallQueryEngine,
@@ -60,6 +58,13 @@ def test_sentences_are_those_of_the_nearest_questions(index: MLPMemIndex, asked:
     assert nodes[0].node.ref_doc_id == first.document
 
 
+@pytest.fixture
+def unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory is sure enough of anything."""
+    monkeypatch.setattr("mlpmem_rag.memory_model.SURE", 1.1)
+
+
+@pytest.mark.usefixtures("unsure")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_is_recalled_is_read(index: MLPMemIndex, asynchronous: bool) -> None:
     engine = RecallQueryEngine(index.llm, index.as_recall_retriever(similarity_top_k=2))
@@ -77,6 +82,19 @@ def test_what_is_recalled_is_read(index: MLPMemIndex, asynchronous: bool) -> Non
     assert (details["route"], details["attribution"]) == ("recall", RECALLED)
     assert details["confidence"] == pytest.approx(expected.confidence)
     assert details["usage"]["prompt_tokens"] == expected.prompt_tokens
+    assert expected.read == tuple(contents)
+
+
+def test_where_the_memory_is_sure_nothing_is_read(index: MLPMemIndex) -> None:
+    response = RecallQueryEngine(index.llm, index.as_recall_retriever()).query(ASKED[0])
+    alone = index.llm.model.answer(ASKED[0], max_new_tokens=16)
+    assert alone.confidence is not None
+    assert alone.confidence > 0.5
+    assert str(response) == alone.text
+    assert response.metadata is not None
+    details = response.metadata["mlpmem"]
+    assert (details["route"], details["confidence"]) == ("memory", alone.confidence)
+    assert details["usage"]["prompt_tokens"] == alone.prompt_tokens
 
 
 def test_the_sentences_serve_other_engines_too(index: MLPMemIndex) -> None:
@@ -116,8 +134,12 @@ def test_without_the_trainings_rows_there_is_nothing_to_read(index: MLPMemIndex)
         retriever.retrieve(" ")
 
 
+@pytest.mark.parametrize("sure", [True, False])
 def test_ask_reads_what_it_recalls(
-    index: MLPMemIndex, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sure: bool,
+    index: MLPMemIndex,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def ask(*options: str) -> tuple[str, str]:
         given = ["ask", str(index.memory_folder), ASKED[0], "--read", "--max-new-tokens", "16"]
@@ -127,6 +149,7 @@ def test_ask_reads_what_it_recalls(
         assert not ended.value.code
         return capsys.readouterr()
 
+    monkeypatch.setattr("mlpmem_rag.memory_model.SURE", 0.5 if sure else 1.1)
     memory = index.llm.model
     (one,) = recalled = memory.recalled(ASKED[0], Provenance.open(index.memory_folder))
     expected = memory.answer(ASKED[0], max_new_tokens=16, recalled=recalled)
@@ -134,20 +157,7 @@ def test_ask_reads_what_it_recalls(
     assert found["answer"] == expected.text
     assert found["prompt_tokens"] == expected.prompt_tokens
     told = {"document": one.question.document, "text": one.question.source}
-    assert found["sources"] == [told]
+    assert found["sources"] == ([] if sure else [told])
     out, err = ask()
     assert out.strip() == expected.text
-    assert f"{told['document']}: {told['text']}" in " ".join(err.split())
-
-
-def test_only_what_the_memory_is_not_sure_of_is_read(index: MLPMemIndex) -> None:
-    recall = RecallQueryEngine(index.as_llm(), index.as_recall_retriever())
-    for threshold, route in ((0.0, "memory"), (1.0, "rag")):
-        engine = MemoryFirstQueryEngine(index.as_query_engine(), recall, threshold=threshold)
-        response = engine.query(ASKED[0])
-        assert isinstance(response, Response)
-        assert response.metadata is not None
-        assert response.metadata["mlpmem"]["route"] == route
-        if route == "rag":
-            assert str(response) == str(recall.query(ASKED[0]))
-            assert [node.node.metadata[LABEL] for node in response.source_nodes] == [RECALLED]
+    assert (f"{told['document']}: {told['text']}" in " ".join(err.split())) is not sure

@@ -37,7 +37,7 @@ class ReadingQueryEngine(BaseQueryEngine):
 
     Nothing of an answer is told before its end, so that there is no stream.
 
-    `response.metadata["mlpmem"]`: `route` (the engine's; `memory` where nothing was found),
+    `response.metadata["mlpmem"]`: `route` (the engine's; `memory` where nothing was read),
     `confidence` (what the memory thinks of the answer that is given; None where it cannot tell),
     `lambda`, `attribution`, `usage`, `seconds`.
 
@@ -119,7 +119,7 @@ class ReadingQueryEngine(BaseQueryEngine):
         reply = CompletionResponse(text=answer.text, raw=told)
         dispatcher.event(LLMCompletionEndEvent(prompt=question, response=reply))
         details = {
-            "route": self.route if nodes else "memory",
+            "route": self.route if answer.read else "memory",
             "attribution": self.attribution,
             "usage": told["usage"],
             **told[KEY],
@@ -143,10 +143,11 @@ class MemoryRAGQueryEngine(ReadingQueryEngine):
 
 
 class RecallQueryEngine(ReadingQueryEngine):
-    """Reads the sentence that the memory recalls, beside the question that it was taught with.
+    """Where the memory is not sure, reads the sentence that it recalls.
 
     `MemoryModel.answer` with `recalled`: oftener right than the memory alone, and slower
-    (docs/experiments.md). Where nothing is recalled the memory answers. The route is `recall`.
+    (docs/experiments.md). Where the memory holds its answer for more likely right than wrong, or
+    nothing is recalled, it answers alone. The route is `recall` where something was read.
 
     Args:
         llm: the memory, see `MLPMemIndex.as_llm`.
