@@ -51,6 +51,7 @@ def ask(
 
     display.quiet_libraries()
     console = display.stderr()
+    provenance = Provenance.open(memory) if read else None
     model = MemoryModel.load(
         memory,
         base_model=base_model,
@@ -58,7 +59,6 @@ def ask(
         dtype=dtype.value,
         verify=verify,
     )
-    provenance = Provenance.open(memory) if read else None
     for question in asked:
         if len(asked) > 1 and not as_json:
             console.print(question, style="bold", markup=False, highlight=False)
