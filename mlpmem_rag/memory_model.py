@@ -37,9 +37,10 @@ from mlpmem_rag.prompts import (
 )
 from mlpmem_rag.provenance import Origin, Provenance, Recalled
 from mlpmem_rag.query import QueryEncoder
+from mlpmem_rag.questions import Question
 from mlpmem_rag.reading import (
     agreed_answer,
-    answer_trace,
+    answer_traces,
     read_batch,
     read_recalled,
     reading,
@@ -368,50 +369,37 @@ class MemoryModel:
         max_new_tokens: int,
         lambda_: float | None,
     ) -> Answer:
-        """In a turn of its own."""
-        started = time.perf_counter()
-        found: list[Answer] = []
+        questions = [one.question for one in recalled]
+        sentences = list(dict.fromkeys(one.source for one in questions))
 
-        def read(give: Callable[[str], None], stop: threading.Event) -> None:
-            model, tokenizer, openings = self.model, self.tokenizer, self._openings
-            questions = [one.question for one in recalled]
-            sentences = list(dict.fromkeys(one.source for one in questions))
-            whole = reading(tokenizer, question, sentences, questions)
-            kept = whole.within(self.room_for_prompt(max_new_tokens))
-            if remembered.lambda_ > 0:
+        def read(whole: Prompt, kept: Prompt, openings: Openings | None) -> Answer:
+            model, tokenizer = self.model, self.tokenizer
+            if openings is None:
+                (text,) = read_batch(model, tokenizer, [kept], max_new_tokens=max_new_tokens)
+            else:
                 taught = questions[0].answer
                 text = read_recalled(
                     model, tokenizer, kept, taught, openings, max_new_tokens=max_new_tokens
                 )
-            else:  # the base model alone: see `_with_passages`
-                (text,) = read_batch(model, tokenizer, [kept], max_new_tokens=max_new_tokens)
-            said = answer_ids(tokenizer, text)
             confidence = remembered.confidence
             if text != remembered.text and confidence is not None and self.confidence is not None:
-                bare = conversation(tokenizer, [{"role": "user", "content": question}])
-                asked = bare.within(max(1, self.context_window - len(said)))
                 vector = self._parts().query_vectors([question])
-                _, trace = answer_trace(model, asked, said, vector, openings, lambda_=lambda_)
-                confidence = self.confidence.of(trace)
-            seconds = remembered.seconds + time.perf_counter() - started
-            found.append(
-                replace(
-                    remembered,
-                    text=text,
-                    confidence=confidence,
-                    seconds=seconds,
-                    ttft_seconds=seconds,  # nothing is certain before the end
-                    prompt_tokens=remembered.prompt_tokens + len(kept.token_ids),
-                    new_tokens=remembered.new_tokens + len(said),
-                    cut_tokens=remembered.cut_tokens + len(whole.token_ids) - len(kept.token_ids),
-                    ended=len(said) <= max_new_tokens,
-                    read=tuple(sentences),
+                ((_, trace),) = answer_traces(
+                    model, tokenizer, question, vector, [text], openings, lambda_=lambda_
                 )
+                confidence = self.confidence.of(trace)
+            said = len(answer_ids(tokenizer, text))
+            return replace(
+                remembered,
+                text=text,
+                confidence=confidence,
+                new_tokens=remembered.new_tokens + said,
+                ended=said <= max_new_tokens,
             )
 
-        for _ in self._turns.pieces(alone(read)):
-            pass
-        return found[0]
+        return self._having_read(
+            remembered, question, sentences, read, max_new_tokens, recalled=questions
+        )
 
     def _with_passages(
         self,
@@ -421,16 +409,8 @@ class MemoryModel:
         max_new_tokens: int,
         lambda_: float | None,
     ) -> Answer:
-        """In a turn of its own, like everything that runs on the model."""
-        started = time.perf_counter()
-        found: list[Answer] = []
-
-        def read_and_agree(give: Callable[[str], None], stop: threading.Event) -> None:
+        def read_and_agree(whole: Prompt, kept: Prompt, openings: Openings | None) -> Answer:
             model, tokenizer = self.model, self.tokenizer
-            whole = reading(tokenizer, question, passages)
-            kept = whole.within(self.room_for_prompt(max_new_tokens))
-            # The base model alone reads all at once: in pieces its last bits would be others.
-            openings = self._openings if remembered.lambda_ > 0 else None
             (read,) = read_batch(model, tokenizer, [kept], openings, max_new_tokens=max_new_tokens)
             vector = self._parts().query_vectors([question])
             agreed = agreed_answer(
@@ -447,12 +427,44 @@ class MemoryModel:
             confidence = remembered.confidence
             if not agreed.is_remembered and confidence is not None and self.confidence is not None:
                 confidence = self.confidence.of(agreed.trace)  # what the memory thinks of it
+            return replace(remembered, text=agreed.text, confidence=confidence)
+
+        return self._having_read(remembered, question, passages, read_and_agree, max_new_tokens)
+
+    def _having_read(
+        self,
+        remembered: Answer,
+        question: str,
+        passages: Sequence[str],
+        answer: Callable[[Prompt, Prompt, Openings | None], Answer],
+        max_new_tokens: int,
+        recalled: Sequence[Question] = (),
+    ) -> Answer:
+        """What is answered with passages in the prompt, after the memory alone has answered.
+
+        In a turn of its own, like everything that runs on the model.
+
+        Args:
+            remembered: the memory's own answer.
+            question: what was asked.
+            passages: what is read.
+            answer: from the whole prompt, what of it has room, and beginnings read before.
+            max_new_tokens: most tokens to generate.
+            recalled: see `reading_prompt`.
+        """
+        started = time.perf_counter()
+        found: list[Answer] = []
+
+        def read(give: Callable[[str], None], stop: threading.Event) -> None:
+            whole = reading(self.tokenizer, question, passages, recalled)
+            kept = whole.within(self.room_for_prompt(max_new_tokens))
+            # The base model alone reads all at once: in pieces its last bits would be others.
+            openings = self._openings if remembered.lambda_ > 0 else None
+            given = answer(whole, kept, openings)
             seconds = remembered.seconds + time.perf_counter() - started
             found.append(
                 replace(
-                    remembered,
-                    text=agreed.text,
-                    confidence=confidence,
+                    given,
                     seconds=seconds,
                     ttft_seconds=seconds,  # nothing is certain before the end
                     prompt_tokens=remembered.prompt_tokens + len(kept.token_ids),
@@ -461,7 +473,7 @@ class MemoryModel:
                 )
             )
 
-        for _ in self._turns.pieces(alone(read_and_agree)):
+        for _ in self._turns.pieces(alone(read)):
             pass
         return found[0]
 

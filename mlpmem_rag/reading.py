@@ -220,14 +220,11 @@ def agreed_answer(
         lambda_: mixing weight of the memory; None: the one chosen in training.
     """
     window = context_window(model.base)
-    bare = conversation(tokenizer, [{"role": "user", "content": question}])
-    if query_vector is None and model.query_size:  # behind an opening it would find none
-        query_vector = model.queries_in(torch.tensor([bare.token_ids], device=model.device))
+    traces = answer_traces(
+        model, tokenizer, question, query_vector, (remembered, read), openings, lambda_=lambda_
+    )
     found = []
-    for text in (remembered, read):
-        said = answer_ids(tokenizer, text)
-        asked = bare.within(max(1, window - len(said)))
-        alone, trace = answer_trace(model, asked, said, query_vector, openings, lambda_=lambda_)
+    for text, (alone, trace) in zip((remembered, read), traces, strict=True):
         continued = encoded(tokenizer, f" {text}{STOP}", special=False)
         shown = prompt.within(max(1, window - len(continued)))
         reader = answer_log_probs(model, shown, continued, None, openings, lambda_=0.0)
@@ -286,6 +283,38 @@ def _answer_logits(
     )
     logits: Tensor = output.logits[0]
     return logits
+
+
+def answer_traces(
+    model: MLPMemForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    query_vector: Tensor | None,
+    texts: Sequence[str],
+    openings: Openings | None = None,
+    *,
+    lambda_: float | None = None,
+) -> list[tuple[Tensor, Trace]]:
+    """`answer_trace` of each of several answers to a question, which stands alone in the prompt.
+
+    Args:
+        model: memory and base model.
+        tokenizer: theirs.
+        question: what was asked; of one that is too long for the context window, its end.
+        query_vector: as `encode_queries` gives it. *Shape:* (1, R).
+        texts: the answers.
+        openings: see `read_batch`.
+        lambda_: mixing weight of the memory; None: the one chosen in training.
+    """
+    window = context_window(model.base)
+    bare = conversation(tokenizer, [{"role": "user", "content": question}])
+    if query_vector is None and model.query_size:  # behind an opening it would find none
+        query_vector = model.queries_in(torch.tensor([bare.token_ids], device=model.device))
+    found = []
+    for said in (answer_ids(tokenizer, text) for text in texts):
+        asked = bare.within(max(1, window - len(said)))
+        found.append(answer_trace(model, asked, said, query_vector, openings, lambda_=lambda_))
+    return found
 
 
 @torch.inference_mode()

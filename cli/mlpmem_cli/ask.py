@@ -76,15 +76,14 @@ def ask(
             for piece in stream:
                 print(piece, end="", flush=True)
             answer = stream.answer
+        sources = [source_fields(one) for one in recalled] if answer.read else []
         if as_json:
-            told = (
-                {"sources": [source_fields(one) for one in recalled if answer.read]} if read else {}
-            )
+            told = {"sources": sources} if read else {}
             print(json.dumps(answer_fields(answer) | told, ensure_ascii=False), flush=True)
         else:
             print(answer.text if threshold or read else "", flush=True)
-            for one in recalled if answer.read else []:
-                line = f"{one.question.document}: {one.question.source}"
+            for source in sources:
+                line = f"{source['document']}: {source['text']}"
                 console.print(line, style="dim", markup=False, highlight=False)
             console.print(figures(answer), style="dim", highlight=False)
 

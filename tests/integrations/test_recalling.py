@@ -27,11 +27,11 @@ from mlpmem_rag.recall import question_keys
 ASKED = ("Who found wild honey in the old mill?", "So, what did Ines Maro find?", "Who is king?")
 
 
-class Given(RecallRetriever):
+class Given(BaseRetriever):
     """Another's node."""
 
     def __init__(self, node: NodeWithScore) -> None:
-        BaseRetriever.__init__(self)
+        super().__init__()
         self._node = node
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:

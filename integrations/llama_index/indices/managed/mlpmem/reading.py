@@ -23,7 +23,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index.indices.managed.mlpmem.hybrid import RETRIEVED
-from llama_index.indices.managed.mlpmem.recalling import RECALLED, RecallRetriever, recalled_of
+from llama_index.indices.managed.mlpmem.recalling import RECALLED, recalled_of
 from llama_index.indices.managed.mlpmem.refused import check_question
 from llama_index.indices.managed.mlpmem.synthesizer import KEY
 from llama_index.llms.mlpmem import MLPMemLLM
@@ -149,24 +149,11 @@ class RecallQueryEngine(ReadingQueryEngine):
     (docs/experiments.md). Where the memory holds its answer for more likely right than wrong, or
     nothing is recalled, it answers alone. The route is `recall` where something was read.
 
-    Args:
-        llm: the memory, see `MLPMemIndex.as_llm`.
-        retriever: see `MLPMemIndex.as_recall_retriever`.
-        node_postprocessors: applied to what is recalled.
-        callback_manager: LlamaIndex's callbacks.
+    Its retriever is a `RecallRetriever`, see `MLPMemIndex.as_recall_retriever`.
     """
 
     route = "recall"
     attribution = RECALLED
-
-    def __init__(
-        self,
-        llm: MLPMemLLM,
-        retriever: RecallRetriever,
-        node_postprocessors: Sequence[BaseNodePostprocessor] = (),
-        callback_manager: CallbackManager | None = None,
-    ) -> None:
-        super().__init__(llm, retriever, node_postprocessors, callback_manager)
 
     def _shown(self, nodes: Sequence[NodeWithScore]) -> dict[str, Any]:
         return {"recalled": [recalled_of(node) for node in nodes]}
